@@ -1,0 +1,142 @@
+"""The rules of a comparison, written and hashed before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mrl.errors import ConfigError
+from mrl.run import plain, sha256_text, writing
+
+PROTOCOL_FILE = "protocol.yaml"
+SCHEMA = 1
+RULE = (
+    "go = superior and not slower, or (equivalent or non-inferior) and faster; no-go = inferior, or slower without being "
+    "superior; inconclusive otherwise"
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that was decided before training; its hash is in every later file.
+
+    Args:
+        data: source, test, fingerprint, n, n_test, classes, class_counts, on_bad, bit_depth.
+        model: timm name, folder of `mrl.save`, or `package.module:factory`.
+        weights: where the weights come from, with a SHA-256 for files; None is random.
+        weights_unseen: the user's word that weights of their own have not seen the images.
+        image_size: (H, W) in pixels.
+        region: positions a region spans.
+        swap: faithful, cheap, paper or auto.
+        layers: indices of the blocks to swap; None is all.
+        preset: how the data is split.
+        seeds: of the split and the training.
+        arms: names of the two arms.
+        metric: the primary metric, a fraction.
+        margin: the largest loss of the metric that still counts as equivalent, a fraction.
+        alpha: of the two-sided intervals.
+        power: of the minimum detectable effect.
+        test_fraction: share of the images on the test side.
+        val_fraction: share of the training side that chooses the best candidate.
+        budget: the fit's configuration, the same for both arms.
+        calibration: the configuration of `mrl.calibrate`, which only the swapped arm has.
+        latency: backend, batch and image size that decide on cost.
+        decision: the rule in words and `max_slowdown`.
+        mde: the minimum detectable effect of this many test images.
+        task: what is learned.
+        schema: version of this file's layout.
+
+    Example:
+        >>> p = Protocol(data={"n": 4}, model="test_vit")
+        >>> p.sha256() == Protocol(data={"n": 4}, model="test_vit").sha256()
+        True
+    """
+
+    data: dict[str, Any]
+    model: str
+    weights: str | None = None
+    weights_sha256: str | None = None
+    weights_unseen: bool = False
+    image_size: tuple[int, int] = (224, 224)
+    region: int = 2
+    swap: str = "auto"
+    layers: list[int] | None = None
+    preset: str = "quick"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    arms: list[str] = field(default_factory=lambda: ["baseline", "mrl"])
+    metric: str = "accuracy"
+    margin: float = 0.03
+    alpha: float = 0.05
+    power: float = 0.8
+    test_fraction: float = 0.25
+    val_fraction: float = 0.15
+    budget: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=lambda: {"backend": "onnxruntime", "batch": 1})
+    decision: dict[str, Any] = field(default_factory=lambda: {"rule": RULE, "max_slowdown": 1.0})
+    mde: dict[str, Any] = field(default_factory=dict)
+    task: str = "classification"
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, without the hash."""
+        return plain(dataclasses.asdict(self))
+
+    def sha256(self) -> str:
+        """The hash of the fields, independent of their order."""
+        return sha256_text(json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True))
+
+    @property
+    def max_slowdown(self) -> float:
+        """How much slower a superior arm may be and still go."""
+        return float(self.decision.get("max_slowdown", 1.0))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the split and of the training of this preset."""
+        return self.seeds[0]
+
+
+def write_protocol(out: Path | str, protocol: Protocol) -> Path:
+    """Writes `protocol.yaml` with its hash, whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> _ = write_protocol(out, Protocol(data={"n": 4}, model="test_vit"))
+        >>> load_protocol(out).model
+        'test_vit'
+    """
+    path = Path(out) / PROTOCOL_FILE
+    document = {"sha256": protocol.sha256(), **protocol.to_dict()}
+    with writing(path) as part:
+        part.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def load_protocol(out: Path | str) -> Protocol:
+    """Reads a run's protocol.
+
+    Args:
+        out: the run folder.
+
+    Raises:
+        ConfigError: it is not there, not readable, or was changed after it was written (its hash no longer fits).
+    """
+    path = Path(out) / PROTOCOL_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: no protocol yet; run `mrl split` or `mrl poc` with --model and --data first.")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored = document.pop("sha256")
+        protocol = Protocol(**{**document, "image_size": tuple(document["image_size"])})
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a protocol that this version can read ({error}); use a new --out.") from error
+    if protocol.sha256() != stored:
+        raise ConfigError(f"{path} was changed after it was written (its sha256 no longer fits); put it back, or use a new --out.")
+    return protocol

@@ -1,0 +1,219 @@
+"""The surgery itself: all modules or none, and a handle that can undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mrl.errors import SwapError
+from mrl.swap.adapters import Site, adapters
+from mrl.swap.config import SwapConfig
+from mrl.swap.grid import Grid
+from mrl.swap.modes import evaluating
+from mrl.swap.plan import Plan, PlanRow, refuse_wrapped
+
+
+@dataclass
+class _Kept:
+    """What `restore` and `disabled` need of one original."""
+
+    original: nn.Module
+    teacher: nn.Module
+
+
+class Handle:
+    """A swapped model's way back: what was exchanged, a view of the teacher, and a bit-exact undo.
+
+    Args:
+        model: the swapped model.
+        plan: what was done.
+        grids: one a network inside the model.
+        kept: originals by name, or empty with `keep_original=False`.
+        hooks: of the grids, by network.
+
+    Example:
+        >>> import timm
+        >>> net = timm.create_model("test_vit", img_size=32)
+        >>> handle = swap_(net, __import__("mrl").plan(net, region=2))
+        >>> len(handle.names)
+        6
+        >>> handle.restore()
+        >>> handle.names
+        []
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, grids: list[Grid], kept: dict[str, _Kept], hooks: list[Any]) -> None:
+        self.model, self.plan = model, plan
+        self._grids, self._kept, self._hooks = grids, kept, hooks
+        self._names = list(plan.names)
+
+    @property
+    def names(self) -> list[str]:
+        """Dotted names of the modules that are exchanged now, in the model's order."""
+        return list(self._names)
+
+    def report(self) -> dict[str, Any]:
+        """The plan's rows as they were done, and what is exchanged now, as plain data."""
+        return {**self.plan.to_dict(), "swapped": self.names, "originals_kept": bool(self._kept)}
+
+    def mixers(self) -> dict[str, nn.Module]:
+        """The exchanged modules by name."""
+        return {name: self.model.get_submodule(name) for name in self._names}
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The model with its original attention, as it was at the swap, for the length of the block."""
+        self._need_originals("disabled")
+        students = self.mixers()
+        try:
+            for name, student in students.items():
+                teacher = self._kept[name].teacher
+                teacher.train(student.training)
+                put(self.model, name, teacher)
+            yield self.model
+        finally:
+            for name, student in students.items():
+                put(self.model, name, student)
+
+    def restore(self, names: Sequence[str] | None = None) -> None:
+        """Puts the original modules back, with the very values they had at the swap.
+
+        Args:
+            names: which; None is all of them.
+
+        Raises:
+            SwapError: the originals were discarded, or a name is not exchanged.
+        """
+        self._need_originals("restore")
+        names = self.names if names is None else list(names)
+        unknown = [n for n in names if n not in self._names]
+        if unknown:
+            raise SwapError(f"restore({unknown}): not exchanged; exchanged are {', '.join(self._names) or 'none'}.")
+        for name in names:
+            kept = self._kept.pop(name)
+            student = self.model.get_submodule(name)
+            with torch.no_grad():
+                _copy_state(kept.teacher, kept.original)
+            kept.original.train(student.training)
+            put(self.model, name, kept.original)
+            self._names.remove(name)
+        if not self._names:
+            for hook in self._hooks:
+                hook.remove()
+
+    def discard_originals(self) -> None:
+        """Frees the copies of the original weights; `restore` and `disabled` are no longer possible."""
+        self._kept.clear()
+
+    def fix_grid(self, grid: tuple[int, int] | None) -> None:
+        """Fixes the (H, W) of the tokens, for an export to one size; None goes back to looking."""
+        for each in self._grids:
+            each.fixed = grid
+
+    def _need_originals(self, verb: str) -> None:
+        if self._names and not self._kept:
+            raise SwapError(f"handle.{verb}(): the originals were not kept; swap with SwapConfig(keep_original=True).")
+
+
+def swap_(model: nn.Module, plan: Plan) -> Handle:
+    """Exchanges the plan's modules for MRL in place: all of them, or, on any failure, none.
+
+    Every replacement is built and tried (same output tree, dtype and shape as the original's) before the first is set.
+    It holds the same Linear objects under the same names, so the trained weights are the starting point.
+
+    Args:
+        model: the model that was planned.
+        plan: from `mrl.plan`.
+
+    Raises:
+        SwapError: the model is not the one that was planned, or a replacement does not fit.
+
+    Example:
+        >>> import timm, torch
+        >>> net = timm.create_model("test_vit", img_size=(32, 48)).eval()
+        >>> x = torch.randn(1, 3, 32, 48)
+        >>> before = net(x)
+        >>> handle = swap_(net, __import__("mrl").plan(net, region=1))
+        >>> torch.allclose(net(x), before, atol=1e-5)
+        True
+    """
+    refuse_wrapped(model)
+    missing = [n for n in plan.names if n not in plan.sites or not _is(model, n, plan.sites[n].module)]
+    if missing:
+        raise SwapError(f"swap_: {missing[0]} is not the module that was planned; call mrl.plan on this very model, then swap_.")
+    networks: dict[int, tuple[Grid, nn.Module]] = {}
+    built: dict[str, nn.Module] = {}
+    for row in plan.rows:
+        if row.action == "swap":
+            site = plan.sites[row.name]
+            adapter = adapters()[row.adapter]
+            if id(site.owner) not in networks:
+                networks[id(site.owner)] = (adapter.grid(site), adapter.hook_point(site))
+            grid = networks[id(site.owner)][0]
+            built[row.name] = _build(site, row, plan.config, grid)
+    kept = {}
+    if plan.config.keep_original:
+        for name in built:
+            teacher = copy.deepcopy(plan.sites[name].module).requires_grad_(False)
+            kept[name] = _Kept(plan.sites[name].module, teacher)
+    for name, mixer in built.items():
+        put(model, name, mixer)
+    hooks = [point.register_forward_hook(grid) for grid, point in networks.values() if point is not None]
+    handle = Handle(model, plan, [grid for grid, _ in networks.values()], kept, hooks)
+    plan.sites = {}
+    return handle
+
+
+def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Module:
+    """The replacement, tried on a small random grid against the original."""
+    adapter = adapters()[row.adapter]
+    mixer = adapter.build(site, tuple(row.region), config, grid)
+    mixer.mrl_row = {"name": row.name, "adapter": row.adapter, "region": list(row.region), "config": config.to_dict()}
+    seen, grid.fixed = grid.fixed, (row.region[0] + 1, row.region[1] + 2)
+    try:
+        x = adapter.probe_input(site, grid.fixed, 2)
+        with torch.no_grad(), evaluating(mixer, site.module):
+            ours, theirs = mixer(x), site.module(x)
+    finally:
+        grid.fixed = seen
+    if not _same_form(ours, theirs):
+        raise SwapError(f"{row.name}: the replacement returned {_form(ours)} where the original returns {_form(theirs)}; please report this model.")
+    return mixer
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    return _form(a) == _form(b) and all(torch.isfinite(t).all() for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(_form, value))
+    return type(value).__name__
+
+
+def _is(model: nn.Module, name: str, module: nn.Module) -> bool:
+    try:
+        return model.get_submodule(name) is module
+    except AttributeError:
+        return False
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Sets a submodule by its dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers in place, so that optimizers and shared references stay valid."""
+    values = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, own in (*target.named_parameters(), *target.named_buffers()):
+        own.copy_(values[name])

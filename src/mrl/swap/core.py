@@ -1,0 +1,226 @@
+"""The regional attention that takes the place of a softmax attention, given somebody else's projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mrl.blocks.regions import (
+    LocalConv,
+    RegionConv,
+    RegionNorm,
+    attend,
+    broadcast_regions,
+    region_mean,
+    valid_counts,
+)
+from mrl.errors import SwapError
+from mrl.swap.config import SwapConfig
+from mrl.swap.grid import Grid
+
+Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Norm = Callable[[Tensor], Tensor]
+
+
+class RegionCore(nn.Module):
+    """Regional attention and local convolution between inherited projections.
+
+    q, k, v of the patch tokens are reduced to one token a region; region (and prefix) tokens attend to each other; each
+    position receives its region's token, plus `local_gain` times the local source; a 3 x 3 convolution mixes locally.
+    Prefix tokens (CLS, registers) attend to every position as before (`prefix="exact"`) or go with the region tokens.
+    With regions of 1 x 1 and the parameters it starts from, this is softmax attention.
+
+    Args:
+        dim: width A of q, k and v together.
+        num_heads: attention heads.
+        scale: factor of the logits, inherited from the replaced module.
+        region: (rows, columns) of a region, in positions.
+        num_prefix_tokens: leading tokens that are not on the grid.
+        config: the choices of the swap.
+        grid: where (H, W) comes from.
+        device: of the new parameters.
+        dtype: of the new parameters.
+
+    Shape:
+        tokens (B, N, C) with N = P + H * W -> (B, N, A).
+
+    Raises:
+        SwapError: channels that `group_size` does not divide.
+
+    Reference:
+        arXiv:2208.13975; differs in its start (average regions, identity norms, delta convolution), prefix tokens and ragged edges.
+
+    Example:
+        >>> core = RegionCore(8, 2, 0.5, (2, 2), 1, SwapConfig(), Grid((2, 3)))
+        >>> core(torch.randn(1, 7, 8), lambda x: (x, x, x)).shape
+        torch.Size([1, 7, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        scale: float,
+        region: tuple[int, int],
+        num_prefix_tokens: int,
+        config: SwapConfig,
+        grid: Grid,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % config.group_size:
+            raise SwapError(f"SwapConfig(group_size={config.group_size}): {dim} channels are not a multiple of it.")
+        self.dim, self.num_heads, self.scale, self.region = dim, num_heads, scale, region
+        self.num_prefix_tokens, self.config, self.grid = num_prefix_tokens, config, grid
+        self.attn_drop = 0.0
+        new = {"device": device, "dtype": dtype}
+        depthwise = config.reduce == "depthwise"
+        for name in "qkv":
+            self.add_module(f"reduce_{name}", RegionConv(dim, region, **new) if depthwise else None)
+            self.add_module(f"norm_{name}", RegionNorm(dim, device=device))
+        self.local = LocalConv(dim, 3, config.group_size, **new)
+        gain = config.local_gain
+        if config.learn_local_gain is not None:
+            size = dim if config.learn_local_gain == "channel" else 1
+            gain = nn.Parameter(torch.full((size,), float(gain), **new))
+        self.local_gain = gain
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Average regions, neutral norms, a delta convolution."""
+        for name in "qkv":
+            conv, norm = getattr(self, f"reduce_{name}"), getattr(self, f"norm_{name}")
+            if conv is not None:
+                conv.init_average_()
+            with torch.no_grad():
+                norm.weight.copy_(torch.sqrt(norm.running_var + norm.eps))
+                norm.bias.copy_(norm.running_mean)
+        self.local.init_delta_()
+
+    @property
+    def full_resolution(self) -> bool:
+        """Whether q, k and v of every position are needed."""
+        c = self.config
+        return c.reduce == "depthwise" or c.local_source == "value" or (c.prefix == "exact" and self.num_prefix_tokens > 0)
+
+    def forward(self, x: Tensor, project: Project, norms: tuple[Norm, Norm] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Mixes the tokens.
+
+        Args:
+            x: the module's input, (B, N, C).
+            project: the inherited projections, tokens (B, n, C) -> q, k, v (B, n, A) each.
+            norms: inherited norms of q and k, (B, n, A) -> same.
+            mask: an additive or boolean attention mask that broadcasts to (B, heads, N, N).
+        """
+        prefix = self.num_prefix_tokens
+        height, width = self.grid.size(x.shape[1] - prefix)
+        norm_q, norm_k = norms or (nn.Identity(), nn.Identity())
+        full = None
+        if self.full_resolution:
+            q, k, v = full = project(x)
+            if self.config.reduce == "depthwise":
+                q, k = norm_q(q), norm_k(k)
+                full = (q, k, v)
+            tokens = [self._reduce(t, name, height, width) for t, name in zip((q, k, v), "qkv", strict=True)]
+        else:
+            pooled = region_mean(x[:, prefix:].unflatten(1, (height, width)), self.region).flatten(1, 2)
+            tokens = [
+                self._normed(t, name, height, width)
+                for t, name in zip(project(torch.cat([x[:, :prefix], pooled], 1)), "qkv", strict=True)
+            ]
+        if self.config.reduce == "mean":
+            tokens[0], tokens[1] = norm_q(tokens[0]), norm_k(tokens[1])
+            if full is not None:
+                full = (norm_q(full[0][:, :prefix]), norm_k(full[1]), full[2]) if prefix else full
+        region_out, prefix_out = self._attend(tokens, full, mask, height, width)
+        out = self._local(x, full, region_out, height, width)
+        return out if prefix_out is None else torch.cat([prefix_out, out], 1)
+
+    def _reduce(self, t: Tensor, name: str, height: int, width: int) -> Tensor:
+        """Full-resolution tokens (B, P + H*W, A) -> prefix and region tokens (B, P + R, A)."""
+        prefix = self.num_prefix_tokens
+        conv = getattr(self, f"reduce_{name}")
+        patches = t[:, prefix:].unflatten(1, (height, width))
+        regions = conv(patches) if conv is not None else region_mean(patches, self.region)
+        regions = getattr(self, f"norm_{name}")(regions).flatten(1, 2)
+        return torch.cat([t[:, :prefix], regions], 1) if prefix else regions
+
+    def _normed(self, t: Tensor, name: str, height: int, width: int) -> Tensor:
+        """Projected prefix and region tokens with the norm on the region tokens."""
+        prefix = self.num_prefix_tokens
+        rows = math.ceil(height / self.region[0])
+        regions = getattr(self, f"norm_{name}")(t[:, prefix:].unflatten(1, (rows, -1))).flatten(1, 2)
+        return torch.cat([t[:, :prefix], regions], 1) if prefix else regions
+
+    def _attend(
+        self, tokens: list[Tensor], full: tuple[Tensor, ...] | None, mask: Tensor | None, height: int, width: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of region tokens, and of prefix tokens as the configuration says."""
+        prefix, q = self.num_prefix_tokens, tokens[0]
+        exact = prefix > 0 and self.config.prefix == "exact"
+        drop = self.attn_drop if self.training else 0.0
+        bias = self._key_bias(height, width, q)
+        if mask is not None:
+            pooled = _pool_mask(mask, self._averages(height, width, q))
+            bias = (pooled if bias is None else pooled + bias).to(q.dtype)
+        if exact:
+            region_bias = bias[..., prefix:, :] if mask is not None else bias
+            regions = attend(q[:, prefix:], *tokens[1:], self.num_heads, self.scale, key_bias=region_bias, dropout_p=drop)
+            rows = None if mask is None else _additive(mask, q.dtype)[..., :prefix, :]
+            head = attend(full[0][:, :prefix], *full[1:], self.num_heads, self.scale, key_bias=rows, dropout_p=drop)
+            return regions, head
+        out = attend(q, *tokens[1:], self.num_heads, self.scale, key_bias=bias, dropout_p=drop)
+        return out[:, prefix:], out[:, :prefix] if prefix else None
+
+    def _key_bias(self, height: int, width: int, like: Tensor) -> Tensor | None:
+        """log(valid positions) of each region's key beside prefix keys; relative to a full region without them."""
+        ragged = height % self.region[0] or width % self.region[1]
+        prefix, area = self.num_prefix_tokens, self.region[0] * self.region[1]
+        if area == 1 or not (prefix or ragged):
+            return None
+        counts = valid_counts(height, width, self.region, device=like.device, dtype=torch.float32).flatten()
+        bias = torch.log(counts if prefix else counts / area)
+        return torch.cat([bias.new_zeros(prefix), bias]).to(like.dtype)
+
+    def _averages(self, height: int, width: int, like: Tensor) -> Tensor:
+        """The (P + R, P + H*W) matrix that averages the valid positions of each region and copies prefix tokens."""
+        prefix, (rows, cols) = self.num_prefix_tokens, self.region
+        across = math.ceil(width / cols)
+        y = torch.arange(height, device=like.device) // rows
+        x = torch.arange(width, device=like.device) // cols
+        owner = (y[:, None] * across + x[None]).flatten() + prefix
+        owner = torch.cat([torch.arange(prefix, device=like.device), owner])
+        member = torch.nn.functional.one_hot(owner).T.to(torch.float32)
+        return member / member.sum(1, keepdim=True)
+
+    def _local(self, x: Tensor, full: tuple[Tensor, ...] | None, regions: Tensor, height: int, width: int) -> Tensor:
+        """Broadcast to every position, add the local source, convolve: (B, R, A) -> (B, H*W, A)."""
+        rows = math.ceil(height / self.region[0])
+        mixed = broadcast_regions(regions.unflatten(1, (rows, -1)), height, width, self.region)
+        if isinstance(self.local_gain, Tensor) or self.local_gain != 0:
+            source = x if self.config.local_source == "input" else full[2]
+            mixed = mixed + self.local_gain * source[:, self.num_prefix_tokens :].unflatten(1, (height, width))
+        return self.local(mixed).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """The region and the choices, for `print(model)`."""
+        c = self.config
+        return f"region={self.region}, reduce={c.reduce}, source={c.local_source}, prefix={c.prefix}"
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def _pool_mask(mask: Tensor, averages: Tensor) -> Tensor:
+    """The log of the mean of exp(mask) over the pairs of two regions, up to a constant a query, which softmax ignores."""
+    logits = _additive(mask, torch.float32)
+    logits = logits - logits.amax(dim=-1, keepdim=True).clamp(min=-1e30)
+    return torch.log(averages @ torch.exp(logits) @ averages.T)

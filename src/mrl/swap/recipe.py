@@ -1,0 +1,130 @@
+"""How to build a model's architecture again, as plain data, checked against the model itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from mrl.errors import SwapError
+from mrl.models.build import build_from_recipe
+
+_PLAIN = (int, float, str, bool, type(None))
+_CACHES = {"training", "seen", "dynamic_feat_size"}
+
+
+def recipe_of(model: nn.Module) -> dict[str, Any]:
+    """The recipe that a model carries (`mrl_recipe`), or one inferred from a timm model and proved to give the same architecture.
+
+    Args:
+        model: with its original modules (`store` sets swapped ones aside first).
+
+    Raises:
+        SwapError: there is none, and none can be inferred.
+
+    Example:
+        >>> recipe_of(timm.create_model("test_vit", img_size=32, num_classes=3))["kwargs"]["num_classes"]
+        3
+    """
+    own = getattr(model, "mrl_recipe", None)
+    if own is not None:
+        return copy.deepcopy(own)
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    tried = []
+    for kwargs in _guesses(model) if name else ():
+        recipe = {"kind": "timm", "name": name, "kwargs": kwargs}
+        difference = _difference(model, recipe)
+        if difference is None:
+            return recipe
+        tried.append(difference)
+    why = f" ({name} as timm builds it differs: {tried[-1]})" if tried else ""
+    raise SwapError(
+        f"mrl.save: how to build this {type(model).__name__} again is not known{why}; pass "
+        "recipe={'kind': 'factory', 'name': 'package.module:function', 'kwargs': {...}}, or build it with mrl.models.build_model."
+    )
+
+
+def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keyword arguments to try with timm's factory, plainest first."""
+    plain: dict[str, Any] = {}
+    if isinstance(getattr(model, "num_classes", None), int):
+        plain["num_classes"] = model.num_classes
+    if getattr(model, "in_chans", 3) != 3:
+        plain["in_chans"] = model.in_chans
+    if getattr(model, "global_pool", None) and isinstance(model.global_pool, str):
+        plain["global_pool"] = model.global_pool
+    yield dict(plain)
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None):
+        plain["img_size"] = list(embed.img_size)
+        yield dict(plain)
+    if isinstance(model, VisionTransformer):
+        yield {**plain, **_vit_kwargs(model)}
+
+
+def _vit_kwargs(model: VisionTransformer) -> dict[str, Any]:
+    """What a VisionTransformer shows of its constructor's arguments."""
+    block, embed = model.blocks[0], model.patch_embed
+    kwargs: dict[str, Any] = {
+        "patch_size": list(embed.patch_size),
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim if hasattr(block.mlp, "fc1") else 4.0,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "class_token": model.cls_token is not None,
+        "reg_tokens": model.num_reg_tokens,
+        "no_embed_class": model.no_embed_class,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": bool(getattr(embed, "dynamic_img_pad", False)),
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "drop_rate": model.head_drop.p,
+        "drop_path_rate": float(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0),
+        "init_values": 1e-5 if hasattr(block.ls1, "gamma") else None,
+    }
+    return kwargs
+
+
+def _difference(model: nn.Module, recipe: dict[str, Any]) -> str | None:
+    """The first thing in which the recipe's architecture differs from the model, or None."""
+    try:
+        with torch.device("meta"):
+            other = build_from_recipe(recipe)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    ours, theirs = dict(model.named_modules()), dict(other.named_modules())
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs:
+            return f"module {name!r} is only in one of them"
+        if type(ours[name]) is not type(theirs[name]):
+            return f"{name or 'the model'} is a {type(ours[name]).__name__}, not a {type(theirs[name]).__name__}"
+        a, b = _traits(ours[name]), _traits(theirs[name])
+        unequal = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+        if unequal:
+            key = unequal[0]
+            return f"{name or 'the model'}.{key} is {a.get(key)!r}, not {b.get(key)!r}"
+    return None
+
+
+def _traits(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes and the shapes of its own tensors."""
+    traits = {k: v for k, v in vars(module).items() if k not in _CACHES and not k.startswith("_") and _is_plain(v)}
+    traits |= {f"tensor {k}": tuple(v.shape) for k, v in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    traits.pop("grad_checkpointing", None)
+    return traits
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
