@@ -47,6 +47,17 @@ def region_grid(height: int, width: int, region: Region) -> tuple[int, int]:
     return -(-height // region[0]), -(-width // region[1])
 
 
+def divisors(number: int) -> str:
+    """The divisors of a number, as an error message lists them.
+
+    Example:
+        >>> divisors(6)
+        '1, 2, 3 or 6'
+    """
+    *first, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def valid_counts(
     height: int,
     width: int,
@@ -168,7 +179,7 @@ def attend(
 class RegionConv(nn.Conv2d):
     """One token a region: a depthwise convolution whose kernel and stride are the region, without bias.
 
-    Ragged regions are padded with zeros on the right and bottom; their sum is rescaled by rows * cols / valid positions.
+    Ragged regions are padded with zeros on the right and bottom, and rescaled by rows * cols / valid positions.
 
     Args:
         dim: channels.
@@ -297,9 +308,9 @@ class LocalConv(nn.Conv2d):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"LocalConv(kernel_size={kernel_size}): the local kernel is odd; use 1, 3, 5 or 7.")
         if group_size < 1 or dim % group_size:
-            allowed = f"use a divisor: {', '.join(str(n) for n in range(1, dim + 1) if dim % n == 0)}"
             raise ConfigError(
-                f"LocalConv(dim={dim}, group_size={group_size}): {dim} is not a multiple of {group_size}; {allowed}."
+                f"LocalConv(dim={dim}, group_size={group_size}): {dim} is not a multiple of {group_size}; "
+                f"use {divisors(dim)}."
             )
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim // group_size, **options)
