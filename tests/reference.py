@@ -66,7 +66,7 @@ def local_convolution(u, weight, bias):
 
 def mixer(x, weights, *, num_heads, region, scale, local_gain=1.0, local_source="input", reduce="depthwise",
           prefix=None, training=False):  # fmt: skip
-    """The mixer of block.md on `x` (B, H, W, C); returns (y, prefix out or None, {norm: the batch's (mean, variance)})."""
+    """The mixer of block.md on `x` (B, H, W, C); returns (y, prefix out or None, {norm: (mean, variance)})."""
     batch, height, width, dim = x.shape
     cells = regions(height, width, region)
     area = region[0] * region[1]

@@ -53,7 +53,7 @@ def test_mixer__eval_equals_golden(case):
     ours = {name: parameter.grad for name, parameter in mixer.named_parameters()}
     assert sorted(ours) == sorted(expected)
     errors = {name: error(ours[name], expected[name].view_as(ours[name])) for name in ours}
-    # Zero in exact arithmetic: the golden values are themselves rounding noise of up to 2.3e-15 (relative to 1e-6 here).
+    # Zero in exact arithmetic: the golden values themselves are rounding noise of up to 2.3e-15, relative to 1e-6 here.
     noise = [errors.pop(name) for name in ("k_proj.bias", "k_norm.bias")]
     assert max(noise) <= 1e-8
     assert max(errors.values()) <= 1e-9, errors

@@ -149,7 +149,7 @@ class RegionalLocalMixer(nn.Module):
             extra = (self.q_proj(prefix), self.k_proj(prefix), self.v_proj(prefix))
             q, k, v = (torch.cat([p.to(t.dtype), t], dim=1) for p, t in zip(extra, (q, k, v), strict=True))
         drop = self.attn_drop.p if self.training else 0.0
-        bias = self._key_bias(height, width, count, x.device)
+        bias = self._key_bias(x, count)
         tokens = attend(q, k, v, self.num_heads, self.scale, key_bias=bias, dropout_p=drop)  # (B, P + Hr*Wr, C)
         regional = tokens[:, count:].reshape(-1, grid_h, grid_w, dim)
         u = broadcast_regions(regional, height, width, self.region_size)  # (B, H, W, C)
@@ -161,7 +161,7 @@ class RegionalLocalMixer(nn.Module):
         return y, self.proj_drop(self.proj(tokens[:, :count]))  # (B, H, W, C), (B, P, C)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Region tokens q, k, v (B, Hr, Wr, C) and what is added to the regional map, None where its gain is a fixed 0."""
+        """Region tokens q, k, v (B, Hr, Wr, C) and the full-resolution source, None where its gain is fixed at 0."""
         fixed_zero = isinstance(self.local_gain, float) and self.local_gain == 0.0
         source = None if fixed_zero or self.local_source == "value" else x
         if self.reduce == "mean":
@@ -181,13 +181,15 @@ class RegionalLocalMixer(nn.Module):
         )
         return q, k, v, source
 
-    def _key_bias(self, height: int, width: int, prefix: int, device: torch.device) -> Tensor | None:
+    def _key_bias(self, x: Tensor, prefix: int) -> Tensor | None:
         """What the number of positions behind each key adds to its logit; None where that is the same for every key."""
+        _, height, width, _ = x.shape
         rows, cols = self.region_size
         ragged = height % rows or width % cols
         if not ragged and (not prefix or rows * cols == 1):
             return None
-        counts = valid_counts(height, width, self.region_size, device=device, dtype=torch.float32).flatten()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        counts = valid_counts(height, width, self.region_size, device=x.device, dtype=dtype).flatten()
         if not prefix:
             return (counts / (rows * cols)).log()
         return torch.cat([counts.new_zeros(prefix), counts.log()])

@@ -114,7 +114,8 @@ def region_mean(x: Tensor, region: Region) -> Tensor:
         # Side by side rather than both at once: two inner reductions are fast in eager mode and in ONNX Runtime.
         x = x.reshape(-1, height, grid_w, cols, dim).mean(3) if cols > 1 else x
         return x.reshape(-1, grid_h, rows, grid_w, dim).mean(2) if rows > 1 else x
-    counts = valid_counts(height, width, region, device=x.device, dtype=torch.float32)[..., None]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    counts = valid_counts(height, width, region, device=x.device, dtype=dtype)[..., None]
     total = pad_to_regions(x, region).reshape(-1, grid_h, rows, grid_w, cols, dim).sum((2, 4))
     return (total / counts).to(x.dtype)
 
