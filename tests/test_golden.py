@@ -1,8 +1,12 @@
 """Equality with the numbers of the authors' implementation."""
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from safetensors import safe_open
 
 from mrl.blocks import RegionalLocalMixer
@@ -80,3 +84,34 @@ def test_convert_original__later_variants_are_named(kind):
         params = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
         with pytest.raises(ConfigError, match=r"CommonQKV, which is not in this version"):
             convert_original(params)
+
+
+def golden_fill():
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("net_*.json")), ids=lambda path: path.stem)
+def test_net__equals_golden(path):
+    about, fill = json.loads(path.read_text()), golden_fill()
+    weights = {name: torch.from_numpy(fill.fill(name, tuple(shape))) for name, shape in about["state_dict"].items()}
+    if about["variant"] != "mrl":
+        with pytest.raises(ConfigError, match="not in this version"):
+            convert_original(weights)
+        return
+    model = timm.create_model(path.stem.removeprefix("net_")).eval()
+    assert sum(p.numel() for p in model.parameters()) == about["params"]
+    model.load_state_dict(convert_original(weights))
+    with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    sizes = sorted({key.split(".")[0] for key in golden})
+    for size in sizes:
+        x = torch.from_numpy(fill.image(*map(int, size.split("x"))))
+        with torch.inference_mode():
+            final, stages = model.forward_intermediates(x)
+            logits = model.forward_head(final)
+        assert error(logits, golden[f"{size}.logits"]) <= 1e-5
+        for i, stage in enumerate(stages):
+            assert error(stage.mean((2, 3)), golden[f"{size}.stage{i}.mean"]) <= 1e-5

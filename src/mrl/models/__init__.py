@@ -1,5 +1,6 @@
 """Networks registered with timm, and models from names, files and functions."""
 
+from mrl.models.net import MRLNet
 from mrl.models.original import convert_original
 
-__all__ = ["convert_original"]
+__all__ = ["MRLNet", "convert_original"]

@@ -52,10 +52,10 @@ def convert_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for mark, variant in LATER.items():
         if any(mark in name.split(".") for name in names.values()):
             raise ConfigError(f"convert_original: these are weights of {variant}, which is not in this version.")
-    table = MIXER if all(_renamed(name, MIXER) for name in names.values()) else None
+    single = any(_renamed(name, MIXER) for name in names.values())
     converted, unknown = {}, []
     for key, name in names.items():
-        ours = _renamed(name, table) if table else _network_name(name)
+        ours = _renamed(name, MIXER) if single else _network_name(name)
         if ours is None:
             unknown.append(name)
             continue
