@@ -120,23 +120,30 @@ def write_protocol(out: Path | str, protocol: Protocol) -> Path:
 
 
 def load_protocol(out: Path | str) -> Protocol:
-    """Reads a run's protocol.
+    """Reads a run's protocol as it stands now; `was_changed` tells whether it still is what was written.
 
     Args:
         out: the run folder.
 
     Raises:
-        ConfigError: it is not there, not readable, or was changed after it was written (its hash no longer fits).
+        ConfigError: it is not there, or not readable.
     """
+    return _read(out)[0]
+
+
+def was_changed(out: Path | str) -> bool:
+    """Whether a run's protocol was edited after it was written (its hash no longer fits)."""
+    protocol, stored = _read(out)
+    return protocol.sha256() != stored
+
+
+def _read(out: Path | str) -> tuple[Protocol, str]:
     path = Path(out) / PROTOCOL_FILE
     if not path.is_file():
         raise ConfigError(f"{path}: no protocol yet; run `mrl split` or `mrl poc` with --model and --data first.")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         stored = document.pop("sha256")
-        protocol = Protocol(**{**document, "image_size": tuple(document["image_size"])})
+        return Protocol(**{**document, "image_size": tuple(document["image_size"])}), stored
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a protocol that this version can read ({error}); use a new --out.") from error
-    if protocol.sha256() != stored:
-        raise ConfigError(f"{path} was changed after it was written (its sha256 no longer fits); put it back, or use a new --out.")
-    return protocol

