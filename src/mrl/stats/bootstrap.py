@@ -102,8 +102,9 @@ def bca_interval(point: float, replicates: np.ndarray, jackknife: np.ndarray, al
 
     The percentiles are Phi(z0 + (z0 + z) / (1 - a(z0 + z))), z0 from the share of resamples below the estimate (ties
     half), a from the jackknife's skewness. It falls back and says so in `method`: `degenerate` where every resample
-    gave the same value (zero width: this is no evidence of certainty), `percentile` where z0 or a is not defined,
-    `undefined` (NaN) where the estimate or more than 5 % of the resamples are.
+    gave the same value (zero width: this is no evidence of certainty), `percentile` where a is not defined or |z0| is
+    so large that the interval would leave the estimate out (then widened to hold it; a calibration error near 0 does
+    this), `undefined` (NaN) where the estimate or more than 5 % of the resamples are.
 
     Args:
         point: the estimate.
@@ -131,13 +132,15 @@ def bca_interval(point: float, replicates: np.ndarray, jackknife: np.ndarray, al
     influence = jackknife.mean() - jackknife
     spread = float(np.sum(influence**2))
     method, levels = "percentile", np.array([alpha / 2, 1 - alpha / 2])
-    if math.isfinite(z0) and spread > TIE**2:
+    if abs(z0) < z and spread > TIE**2:
         a = float(np.sum(influence**3)) / (6 * spread**1.5)
         shifted = z0 + np.array([-z, z])
         if math.isfinite(a) and np.all(1 - a * shifted > 0):
             method, levels = "bca", norm.cdf(z0 + shifted / (1 - a * shifted))
-    low, high = np.quantile(usable, levels)
-    return Interval(point, float(low), float(high), method)
+    low, high = (float(end) for end in np.quantile(usable, levels))
+    if method == "percentile":
+        low, high = min(low, point), max(high, point)
+    return Interval(point, low, high, method)
 
 
 def bca(

@@ -153,7 +153,7 @@ def combine(intervals: Sequence[Interval], weights: Sequence[float] | None = Non
     Example:
         >>> i = combine([wilson(90, 100), wilson(45, 50)])
         >>> print(f"{i.estimate:.2f} ({i.low:.3f} to {i.high:.3f}), {i.method}")
-        0.90 (0.832 to 0.936), wilson combined
+        0.90 (0.832 to 0.936), wilson_combined
     """
     if not intervals or (weights is not None and len(weights) != len(intervals)):
         raise ConfigError(f"combine: {len(intervals)} intervals; give one or more, and as many weights.")
@@ -161,7 +161,7 @@ def combine(intervals: Sequence[Interval], weights: Sequence[float] | None = Non
     estimate, low, high = (np.array([getattr(i, name) for i in intervals]) for name in ("estimate", "low", "high"))
     centre = float(w @ estimate)
     down, up = math.sqrt(np.sum((w * (estimate - low)) ** 2)), math.sqrt(np.sum((w * (high - estimate)) ** 2))
-    return Interval(centre, centre - down, centre + up, f"{intervals[0].method} combined")
+    return Interval(centre, centre - down, centre + up, f"{intervals[0].method}_combined")
 
 
 def delong(target: np.ndarray, score_a: np.ndarray, score_b: np.ndarray, alpha: float = 0.05) -> DeLong:

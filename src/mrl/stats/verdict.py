@@ -228,7 +228,7 @@ def decide(quality: str, cost: str, ratio: tuple[float, float], max_slowdown: fl
             return "go", [Reason("superior_slower_allowed", limits)]
         return "inconclusive", [Reason("superior_too_slow", limits)]
     if quality == "inferior":
-        return "no-go", [Reason("inferior", {})]
+        return "no-go", [Reason("quality_lost", {})]
     if cost == "slower":
         return "no-go", [Reason("slower_not_superior", {"quality": quality})]
     if quality == "inconclusive":
