@@ -37,7 +37,7 @@ class Cost:
 def twin(model: nn.Module, *, meta: bool = False) -> nn.Module:
     """A copy of the model's structure in eval mode that shares its parameters and buffers, so that it costs no memory.
 
-    What is done to the copy (mode, hooks, parameters replaced) does not reach the original; writing into a tensor would.
+    Changing the copy (mode, hooks, parameters replaced) does not reach the original; writing into a tensor would.
 
     Args:
         model: stays as it is.
@@ -183,4 +183,4 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -61,19 +61,19 @@ def schedule(latencies_ms: Mapping[str, float], *, seconds: float, min_blocks: i
     """How many blocks, and calls of each arm in a block, fit into about `seconds`: (blocks, calls).
 
     A block takes at least 25 ms where calls are short, so that the change between arms is a small part of it.
-    The number of blocks is even, so that each order of the arms occurs equally often, and never below `min_blocks`.
+    The number of blocks is even, so that each order of the arms occurs equally often, unless it is `min_blocks`.
 
     Example:
         >>> schedule({"a": 10.0, "b": 5.0}, seconds=9.0, min_blocks=30)
         (120, 5)
-        >>> schedule({"a": 1000.0, "b": 500.0}, seconds=9.0, min_blocks=6)
-        (6, 1)
+        >>> schedule({"a": 1000.0, "b": 500.0}, seconds=3.0, min_blocks=5)
+        (5, 1)
     """
     fastest, total = min(latencies_ms.values()), sum(latencies_ms.values())
     calls = int(min(10, max(1, round(25 / max(fastest, 1e-3)))))
     blocks = int(seconds * 1e3 / max(total * calls, 1e-6))
-    blocks = min(max(blocks, min_blocks), max(MAX_CALLS // calls, min_blocks))
-    return blocks + blocks % 2, calls
+    blocks = min(blocks, MAX_CALLS // calls) // 2 * 2
+    return max(blocks, min_blocks), calls
 
 
 def interleave(calls: Mapping[str, Call], *, blocks: int, calls_per_block: int) -> Blocks:
