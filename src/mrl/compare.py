@@ -94,7 +94,7 @@ def compare_predictions(
     differences = {name: draws.interval(_column("difference", name), alpha) for name in METRICS}
     primary = _primary(pairs, right, differences[metric], metric, alpha)
     ends = _known(primary)
-    secondary = _secondary(pairs, right, differences, alpha)
+    change = right["mrl"] - right["baseline"]
     result = {
         "schema": 1,
         "metric": metric,
@@ -111,12 +111,12 @@ def compare_predictions(
         "difference": _record(primary),
         "verdict": quality_verdict(*ends, margin),
         "more_images": more_images(primary.estimate, *ends, n=pairs.n, margin=margin) or None,
-        "secondary": secondary,
+        "secondary": _secondary(pairs, right, differences, alpha),
         "flips": {
-            "right_to_wrong": [i for i, d in zip(pairs.images, right["mrl"] - right["baseline"], strict=True) if d < 0],
-            "wrong_to_right": [i for i, d in zip(pairs.images, right["mrl"] - right["baseline"], strict=True) if d > 0],
+            "right_to_wrong": [pairs.images[i] for i in np.flatnonzero(change < 0)],
+            "wrong_to_right": [pairs.images[i] for i in np.flatnonzero(change > 0)],
         },
-        "disagreement": float(np.mean(right["mrl"] != right["baseline"])),
+        "disagreement": float(np.mean(change != 0)),
         "scope": SCOPE,
     }
     return plain({**result, "warnings": _warnings(pairs, right, result)})

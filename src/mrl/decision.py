@@ -34,6 +34,7 @@ SENTENCES = {
         "The whole interval is below zero, and a loss as large as the margin of {margin} points is not ruled out: "
         "MRL is inferior."
     ),
+    "inferior_beyond": "The whole interval lies below a loss of {margin} points, the margin: MRL is inferior.",
     "inconclusive": (
         "A loss as large as the margin of {margin} points is neither shown nor ruled out: these images do not settle "
         "the quality."
@@ -125,6 +126,7 @@ def _quality(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     numbers["low"], numbers["high"] = _texts([low, high], [0.0, -margin, margin], signed=True)
     said = [("scores", {**numbers, "level": _level(comparison["alpha"])})]
     key = "equivalent_lower" if verdict == "equivalent" and high < 0 else verdict
+    key = "inferior_beyond" if verdict == "inferior" and high < -margin else key
     said.append((key, {} if verdict == "superior" else {"margin": f"{margin:g}"}))
     if verdict == "inconclusive" and comparison.get("more_images"):
         said.append(("more_images", {"more": f"{_two_digits(comparison['more_images']):,}"}))
