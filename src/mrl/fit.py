@@ -1,0 +1,95 @@
+"""Fine-tunes any model of any task in one loop, and can be killed at any moment without changing its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mrl.checkpoint import drop_checkpoint, drop_leftovers
+from mrl.data.loading import ImageSet
+from mrl.fit_config import FitConfig, FitResult
+from mrl.fit_loop import BEST, CHECKPOINT, METRICS, RESULT, START, Loop, check_same
+from mrl.run import plain, read_json
+
+__all__ = ["FitConfig", "FitResult", "fit"]
+
+
+def fit(
+    model: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    config: FitConfig,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    arm: str = "model",
+    metric: str = "accuracy",
+    resume: bool = True,
+    meta: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Fine-tunes a classifier from its linear probe on; the model holds the best weights afterwards, in eval mode.
+
+    Update 0 is the linear probe: a softmax regression on the features of the untouched backbone, set as the head. Then
+    AdamW with layer-wise learning rates on a cosine. Every candidate is scored on `val`; the best score wins, then the
+    lower loss. All randomness is a function of the seed, the epoch and the update, so a fit that was killed and is
+    started again with the same arguments ends with the numbers of one that was not.
+
+    Args:
+        model: a `Classifier`: `features`, `set_head`, `layer_groups`; trained in place.
+        train: the inner training images, an `ImageSet`; its own augmentation is replaced by the configuration's.
+        val: the inner validation images; nothing else chooses.
+        config: the budget and the recipe.
+        out: folder of the arm, which gets `fit.json`, `metrics.jsonl`, `best.safetensors`, `start.safetensors`, and
+            `checkpoint/` on the way.
+        seed: of order, augmentation and dropout.
+        arm: name for the record and the messages.
+        metric: what the candidates are compared by.
+        resume: continue an unfinished fit, return a finished one; off starts again.
+        meta: plain data to put into `fit.json`, such as the protocol's hash.
+
+    Raises:
+        ConfigError: a damaged checkpoint, one of another fit, or a loss that is not finite; with what to do.
+
+    Example:
+        >>> FitConfig(epochs=2, freeze=4).layer_decay
+        0.75
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    drop_leftovers(out)
+    if not resume:
+        _clear(out)
+    identity = plain({"arm": arm, "seed": seed, "metric": metric, "config": vars(config), "n": [len(train), len(val)]})
+    if (out / RESULT).is_file():
+        return _finished(model, out, identity)
+    with torch.random.fork_rng():
+        loop = Loop(model, train, val, config, out, identity)
+        try:
+            loop.begin()
+            loop.run()
+            result = loop.finish(dict(meta or {}))
+        finally:
+            loop.close()
+    return result
+
+
+def _finished(model: nn.Module, out: Path, identity: Mapping[str, Any]) -> FitResult:
+    """The record of a finished fit, with its best weights in the model."""
+    data = read_json(out / RESULT)
+    stored = {**{k: data[k] for k in ("arm", "seed", "metric", "config")}, "n": [data["n_train"], data["n_val"]]}
+    check_same(stored, identity, out / RESULT)
+    drop_checkpoint(out / CHECKPOINT)
+    model.load_state_dict(load_file(out / BEST))
+    model.eval()
+    return FitResult.from_dict({k: v for k, v in data.items() if k != "environment"})
+
+
+def _clear(out: Path) -> None:
+    drop_checkpoint(out / CHECKPOINT)
+    for name in (RESULT, METRICS, BEST, START):
+        (out / name).unlink(missing_ok=True)

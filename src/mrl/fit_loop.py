@@ -1,0 +1,351 @@
+"""The loop of a fit: candidates, updates, validations and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mrl.checkpoint import drop_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from mrl.data.loading import ImageSet, collate, make_loader
+from mrl.data.transforms import Augment, make_augment
+from mrl.errors import ConfigError
+from mrl.fit_config import FitConfig, FitResult
+from mrl.optimizer import cosine, freeze_, parameter_groups, pick_precision, train_mode_
+from mrl.run import environment, plain, progress, say, write_json, writing
+from mrl.tasks.classification import Classification, class_weights
+
+RESULT, METRICS, CHECKPOINT = "fit.json", "metrics.jsonl", "checkpoint"
+BEST, START = "best.safetensors", "start.safetensors"
+CHECKPOINT_SECONDS = 30.0
+
+
+class Loop:
+    """The state of one fit between its updates.
+
+    Args:
+        model: a `Classifier`, trained in place.
+        train: the inner training images.
+        val: the inner validation images.
+        config: the budget and the recipe.
+        out: folder of the arm.
+        identity: arm, seed, metric, configuration and numbers of images: what a checkpoint must agree with.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: ImageSet, val: ImageSet, config: FitConfig, out: Path, identity: dict[str, Any]
+    ) -> None:
+        self.model, self.config, self.out, self.identity = model, config, out, identity
+        self.arm, self.seed = identity["arm"], identity["seed"]
+        self.accelerator = _accelerator(config.precision)
+        self.device = self.accelerator.device
+        self.came_from = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
+        model.to(self.device)
+        self.val, self.plain_train = val, _with_augment(train, None, self.seed)
+        self.train = _with_augment(train, make_augment(config.augment), self.seed)
+        metric, classes = identity["metric"], len(train.classes)
+        balanced = metric != "accuracy" if config.class_balance is None else config.class_balance
+        weights = class_weights(train.labels, classes) if balanced else None
+        self.task = Classification(classes, weights, config.label_smoothing, config.use_confidence, metric)
+        layers = [[name for name, _ in group] for group in model.layer_groups()]
+        self.frozen = freeze_(model, layers, config.freeze)
+        groups = parameter_groups(
+            model, layers, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay
+        )
+        self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, lr=config.lr))
+        self.network = self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
+        self.per_epoch = math.ceil(len(train) / config.batch_size)
+        self.updates = max(config.min_updates, math.ceil(config.epochs * self.per_epoch))
+        self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, min_lr=config.min_lr * config.lr)
+        self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
+        self.update, self.seconds, self.since = 0, 0.0, time.monotonic()
+        self.candidates: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        self.waited = 0
+        self.seen: dict[str, list[Tensor]] = {"logits": [], "label": [], "weight": []}
+
+    def begin(self) -> None:
+        """Continues from the checkpoint, or makes candidate 0: the linear probe."""
+        found = load_checkpoint(self.out / CHECKPOINT)
+        if found is not None:
+            self._restore(*found)
+            say(f"{self.arm}: goes on after update {self.update} of {self.updates}")
+            return
+        truncate(self.out / METRICS, -1)
+        say(f"{self.arm}: features of {len(self.plain_train)} images for the starting head")
+        sides = [self._collect(side, self.model.features, "features") for side in (self.plain_train, self.val)]
+        probe = self.task.start(self.model, *sides)
+        if self.ema is not None:
+            self.ema.set(self.model)
+        train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
+        train_score, _ = self.task.score(train_logits, sides[0])
+        with writing(self.out / START) as part:
+            save_file(_snapshot(self.model), part)
+        self._validate(train_score)
+
+    def run(self) -> None:
+        """The updates that are left; a validation every so many, a checkpoint after each and every half minute."""
+        if self.stopped_early:  # it was killed after its last validation
+            return
+        saved = time.monotonic()
+        with progress(f"{self.arm}: fine-tuning", self.updates) as advance:
+            advance(self.update)
+            for batch in self._batches():
+                self._step(batch)
+                due = self.update % self.every == 0 or self.update == self.updates
+                if due:
+                    self._validate()
+                if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+                advance(1, f"best {self.identity['metric']} {self._best()['val_score']:.3f}")
+                if self.stopped_early:
+                    break
+
+    def finish(self, meta: dict[str, Any]) -> FitResult:
+        """Writes the best weights and the record, and removes the checkpoint."""
+        self.model.load_state_dict(self.best)
+        result = self._result(meta)
+        if self.accelerator.is_main_process:
+            with writing(self.out / BEST) as part:
+                save_file(self.best, part)
+            write_json(self.out / RESULT, {**result.to_dict(), "environment": environment()})
+            drop_checkpoint(self.out / CHECKPOINT)
+        for sentence in result.warnings:
+            say(f"{self.arm}: {sentence}")
+        return result
+
+    def close(self) -> None:
+        """Gives the model back as it came: device, `requires_grad`, eval mode."""
+        device, flags = self.came_from
+        for parameter, flag in zip(self.model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        self.model.to(device).eval()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience ran out at this validation, after the updates that are always made."""
+        validated = self.candidates[-1]["update"] == self.update
+        late = self.config.min_updates <= self.update < self.updates
+        return validated and late and 0 < self.config.patience <= self.waited
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of the updates that are left; this process's share of each."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        while self.update < self.updates:
+            epoch, done = divmod(self.update, self.per_epoch)
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
+            batches = [chunk[rank::world].tolist() for chunk in order.tensor_split(self.per_epoch)[done:]]
+            self.train.set_epoch(epoch)
+            yield from DataLoader(self.train, batch_sampler=batches[: self.updates - self.update], collate_fn=collate)
+
+    def _step(self, batch: dict[str, Tensor]) -> None:
+        """One update."""
+        torch.manual_seed(_mix(self.seed, self.update, self.accelerator.process_index, 1))
+        self.update += 1
+        self.schedule.step_update(self.update)
+        batch = {k: v.to(self.device) for k, v in batch.items()}
+        train_mode_(self.network)
+        with self.accelerator.autocast():
+            logits = self.network(batch["image"])
+        loss = self.task.loss(logits, batch)
+        if not torch.isfinite(loss):
+            raise ConfigError(
+                f"{self.arm}: the loss is not finite at update {self.update}; use a lower --lr than {self.config.lr}, "
+                "or --precision fp32."
+            )
+        self.accelerator.backward(loss)
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.update)
+        for key, value in (("logits", logits), ("label", batch["label"]), ("weight", batch["weight"])):
+            self.seen[key].append(value.detach().to("cpu", torch.long if key == "label" else torch.float32))
+        lr = self.optimizer.param_groups[-1]["lr"]
+        self._log("train", loss=float(loss.detach()), lr=lr)
+
+    def _validate(self, train_score: float | None = None) -> None:
+        """Scores a candidate; without `train_score`, that is of the training batches since the last one."""
+        model = self.model if self.ema is None else self.ema.module
+        side = self._collect(self.val, model, "logits")
+        score, loss = self.task.score(side["logits"], side)
+        if train_score is None:
+            seen = {k: torch.cat(v) for k, v in self.seen.items()}
+            train_score, _ = self.task.score(seen["logits"], seen)
+        gain = not self.candidates or (score, -loss) > (self._best()["val_score"], -self._best()["val_loss"])
+        self.candidates.append({"update": self.update, "val_score": score, "val_loss": loss})
+        self.waited = 0 if gain else self.waited + 1
+        if gain:
+            self.best = _snapshot(model)
+        self.seen = {k: [] for k in self.seen}
+        number = len(self.candidates) - 1
+        self._log("validation", val_loss=loss, val_score=score, train_score=train_score, candidate=number, best=gain)
+        note = " (best so far)" if gain else ""
+        where = f"{self.arm}: update {self.update}/{self.updates}"
+        say(f"{where}, inner validation {self.task.metric} {score:.4f}, loss {loss:.4f}{note}")
+
+    def _collect(self, side: ImageSet, forward: Callable[[Tensor], Tensor], name: str) -> dict[str, Tensor]:
+        """What `forward` gives for each image of a side, on the CPU, with label and weight; in the fit's precision."""
+        self.model.eval()
+        parts: dict[str, list[Tensor]] = {name: [], "label": [], "weight": []}
+        for batch in make_loader(side, 64):
+            with torch.no_grad(), self.accelerator.autocast():
+                parts[name].append(forward(batch["image"].to(self.device)).float().cpu())
+            parts["label"].append(batch["label"])
+            parts["weight"].append(batch["weight"])
+        return {k: torch.cat(v) for k, v in parts.items()}
+
+    def _best(self) -> dict[str, Any]:
+        return max(self.candidates, key=lambda c: (c["val_score"], -c["val_loss"], -c["update"]))
+
+    def _log(self, event: str, **fields: Any) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        line = {
+            "event": event,
+            "update": self.update,
+            "epoch": self.update / self.per_epoch,
+            **fields,
+            "seconds": self._clock(),
+        }
+        with (self.out / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line)) + "\n")
+
+    def _clock(self) -> float:
+        return round(self.seconds + time.monotonic() - self.since, 3)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": {} if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "best": self.best,
+            "seen": {k: torch.cat(v) for k, v in self.seen.items() if v},
+        }
+        scaler = self.accelerator.scaler
+        state = {
+            "identity": self.identity,
+            "update": self.update,
+            "candidates": self.candidates,
+            "waited": self.waited,
+            "seconds": self._clock(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        save_checkpoint(self.out / CHECKPOINT, tensors, state)
+
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        check_same(state["identity"], self.identity, self.out / CHECKPOINT)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.model.load_state_dict(tensors["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors["ema"])
+        load_optimizer(self.optimizer, tensors.get("optimizer", {}))
+        self.best = tensors["best"]
+        self.seen = {k: [tensors["seen"][k]] if "seen" in tensors else [] for k in self.seen}
+        self.update, self.candidates, self.waited = state["update"], state["candidates"], state["waited"]
+        self.seconds = state["seconds"]
+        truncate(self.out / METRICS, self.update)
+
+    def _result(self, meta: dict[str, Any]) -> FitResult:
+        best, start = self._best(), self.candidates[0]
+        tuned = max((c["val_score"] for c in self.candidates[1:]), default=start["val_score"])
+        below = tuned < start["val_score"]
+        warnings = []
+        if below:
+            warnings.append(
+                f"no fine-tuned candidate reached the linear probe on the inner validation side ({tuned:.4f} against "
+                f"{start['val_score']:.4f}), so the probe's head on the untouched backbone was kept"
+            )
+        reached = (c["update"] for c in self.candidates if c["val_score"] >= 0.95 * best["val_score"])
+        sizes = [len(chunk) for chunk in torch.arange(len(self.train)).tensor_split(self.per_epoch)]
+        full, rest = divmod(self.update, self.per_epoch)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return FitResult(
+            arm=self.arm,
+            updates=self.update,
+            epochs=self.update / self.per_epoch,
+            best_update=best["update"],
+            best_score=best["val_score"],
+            candidates=self.candidates,
+            metric=self.task.metric,
+            linear_probe_val=start["val_score"],
+            below_linear_probe=below,
+            seconds=self._clock(),
+            images_seen=full * len(self.train) + sum(sizes[:rest]),
+            n_train=len(self.train),
+            n_val=len(self.val),
+            trainable_params_m=trained / 1e6,
+            frozen_blocks=self.frozen,
+            config=vars(self.config).copy(),
+            precision={"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            device=self.device.type,
+            seed=self.seed,
+            stopped_early=self.stopped_early,
+            updates_to_95=next(reached, None),
+            warnings=warnings,
+            meta=meta,
+        )
+
+
+def _accelerator(precision: str) -> Any:
+    """A fresh accelerator: one process may fit several times, in different precisions."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    chosen = pick_precision(precision, PartialState().device)
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision={"fp32": "no"}.get(chosen, chosen))
+
+
+def _mix(*parts: int) -> int:
+    """A 63-bit seed from a few numbers, different for different numbers."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _with_augment(images: ImageSet, augment: Augment | None, seed: int) -> ImageSet:
+    """The same images, sharing their cache, with another augmentation."""
+    return ImageSet(images.samples, images.classes, images.preprocess, augment, seed, cache=images.cache)
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
+
+
+def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where a file on disk belongs to another fit than the one asked for."""
+    if stored != asked:
+        names = [k for k in asked if stored.get(k) != asked[k]]
+        raise ConfigError(
+            f"{path} belongs to a fit with another {' and '.join(names)}; choose another --out, or say --overwrite to "
+            "start again."
+        )
+
+
+def truncate(path: Path, update: int) -> None:
+    """Drops the lines after an update, and a line that a killed process left unfinished."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["update"] > update:
+            break
+        kept.append(line)
+    with writing(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")
