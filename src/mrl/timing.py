@@ -20,7 +20,6 @@ MAX_CALLS = 1000  # of each arm in a row: the whole sample is kept in the result
 def no_gc() -> Iterator[None]:
     """Python's garbage collector is off inside, and as it was before after it."""
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
