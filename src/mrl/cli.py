@@ -41,7 +41,8 @@ def build_parser() -> ArgumentParser:
         'mrl'
     """
     parser = ArgumentParser(
-        prog="mrl", description="Swap the attention of a trained vision model for MRL, and learn whether it is worth it."
+        prog="mrl",
+        description="Swap the attention of a trained vision model for MRL, and learn whether it is worth it.",
     )
     subcommands = parser.add_subcommands(title="commands", metavar="COMMAND")
     for name, function in COMMANDS.items():

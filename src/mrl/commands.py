@@ -287,7 +287,9 @@ def predict(model: str, images: str, out: str, batch_size: int = 32, overwrite: 
     run_predict(model, images, out, batch_size=batch_size, overwrite=overwrite)
 
 
-def report(out: str, lang: Literal["en", "ja"] = "en", price_per_hour: float | None = None, overwrite: bool = False) -> None:
+def report(
+    out: str, lang: Literal["en", "ja"] = "en", price_per_hour: float | None = None, overwrite: bool = False
+) -> None:
     """Writes report.json and report.html, one self-contained page, from the files of the run.
 
     Args:

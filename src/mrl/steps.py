@@ -76,13 +76,19 @@ class Request:
         if len(size) != 2 or min(size) < 1:
             raise ConfigError(f"--image-size {self.image_size}: use pixels from 1, such as 224.")
         if self.region < 1:
-            raise ConfigError(f"--region {self.region}: a region spans at least one position; use 2, or 1 for plain attention.")
+            raise ConfigError(
+                f"--region {self.region}: a region spans at least one position; use 2, or 1 for plain attention."
+            )
         if self.swap not in (*SETTINGS, "auto"):
             raise ConfigError(f"--swap {self.swap}: unknown; use {', '.join(SETTINGS)} or auto.")
         if not 0 < self.margin < 1 or not 0 < self.alpha < 1:
-            raise ConfigError(f"--margin {self.margin} --alpha {self.alpha}: both are fractions between 0 and 1, such as 0.03 and 0.05.")
+            raise ConfigError(
+                f"--margin {self.margin} --alpha {self.alpha}: both are fractions between 0 and 1, such as 0.03 and 0.05."
+            )
         if self.max_slowdown < 1:
-            raise ConfigError(f"--max-slowdown {self.max_slowdown}: 1 is no slower, 1.2 is up to 20 % slower; use 1 or more.")
+            raise ConfigError(
+                f"--max-slowdown {self.max_slowdown}: 1 is no slower, 1.2 is up to 20 % slower; use 1 or more."
+            )
         if weights_are_own(self.model, self.weights) and not (self.test or self.weights_unseen):
             raise ConfigError(
                 "weights of your own may have seen these images, and then the test would flatter the model: give images they "
@@ -147,8 +153,13 @@ def _weights_hash(request: Request) -> str | None:
 def say_mde(protocol: Protocol) -> None:
     """Prints what this many test images can show, before anything is trained."""
     mde = protocol.mde
-    shown = ", ".join(f"{100 * v:.1f} points where the arms disagree on {100 * float(k):.0f} %" for k, v in mde["by_disagreement"].items())
-    say(f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} test images can show {shown}.")
+    shown = ", ".join(
+        f"{100 * v:.1f} points where the arms disagree on {100 * float(k):.0f} %"
+        for k, v in mde["by_disagreement"].items()
+    )
+    say(
+        f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} test images can show {shown}."
+    )
 
 
 def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Workspace:
@@ -178,13 +189,17 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
 
 def _same_protocol(space: Workspace, asked: Protocol) -> None:
     if was_changed(space.out):
-        raise ConfigError(f"{space.file('protocol.yaml')} was changed after it was written; put it back, or use a new --out.")
+        raise ConfigError(
+            f"{space.file('protocol.yaml')} was changed after it was written; put it back, or use a new --out."
+        )
     there = space.protocol
     if there.sha256() != asked.sha256():
         a, b = there.to_dict(), asked.to_dict()
         differing = [k for k in a if a[k] != b[k]]
         shown = "; ".join(f"{k}: {a[k]} there, {b[k]} asked" for k in differing[:2])
-        raise ConfigError(f"--out {space.out} holds a run of another protocol ({shown}); choose another --out, or say --overwrite.")
+        raise ConfigError(
+            f"--out {space.out} holds a run of another protocol ({shown}); choose another --out, or say --overwrite."
+        )
 
 
 def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False) -> Workspace:
@@ -218,10 +233,14 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
     for name, value in given.items():
         if name in ("budget", "calibration"):
             if asdict(value) not in (getattr(protocol, name), asdict(type(value)())):
-                raise ConfigError(f"{space.file('protocol.yaml')} has another {name}; leave those flags out, or use a new --out.")
+                raise ConfigError(
+                    f"{space.file('protocol.yaml')} has another {name}; leave those flags out, or use a new --out."
+                )
         elif (_pair(value) if name == "image_size" else value) != there[name]:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {value}: the protocol of {space.out} says {there[name]}; leave the flag out, or use a new --out.")
+            raise ConfigError(
+                f"--{flag} {value}: the protocol of {space.out} says {there[name]}; leave the flag out, or use a new --out."
+            )
     return space
 
 
@@ -248,10 +267,18 @@ def resolve_swap(
     return plan(model, config=SwapConfig.named("cheap"), **common), "cheap"
 
 
-def write_plan(path: Path, found: Plan, setting: str, size: tuple[int, int], stamp: dict | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+def write_plan(
+    path: Path, found: Plan, setting: str, size: tuple[int, int], stamp: dict | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Writes a plan with its setting as `plan.json`; returns the document."""
     refuse_existing(path, overwrite)
-    document = {**(stamp or {}), **found.to_dict(), "setting": setting, "auto_below": AUTO_MARGIN, "image_size": list(size)}
+    document = {
+        **(stamp or {}),
+        **found.to_dict(),
+        "setting": setting,
+        "auto_below": AUTO_MARGIN,
+        "image_size": list(size),
+    }
     write_json(path, document)
     return document
 
@@ -264,7 +291,9 @@ def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = Fal
     found, setting = resolve_swap(model, protocol.swap, protocol.region, protocol.layers, image)
     write_plan(space.file("plan.json"), found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
     ratio = found.predicted_latency_ratio
-    say(f"swap: {len(found.names)} modules, {setting}; predicted time of the blocks x{ratio:.2f} of the original at {protocol.image_size[0]} px.")
+    say(
+        f"swap: {len(found.names)} modules, {setting}; predicted time of the blocks x{ratio:.2f} of the original at {protocol.image_size[0]} px."
+    )
     return found
 
 
@@ -280,13 +309,17 @@ def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, 
     """Calibrates on the inner training images only; writes the model to `folder` and `calibration.json`."""
     images = space.image_set("train")
     config = CalibrateConfig(**{**space.protocol.calibration, "seed": space.protocol.seed})
-    say(f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels")
+    say(
+        f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels"
+    )
     report = calibrate(handle, make_loader(images, 64, shuffle_seed=config.seed), config=config)
     save(handle.model, folder, overwrite=True)
     document = {**space.stamp(), "setting": read_json(space.file("plan.json"))["setting"], **report.to_dict()}
     write_json(space.file("calibration.json"), document)
     before, after = report.stages[0].mean_error_before, report.stages[-1].mean_error_after
-    say(f"calibrated: error {before:.3f} -> {after:.3f} on held-out images, {report.updates} updates, {report.seconds:.0f} s.")
+    say(
+        f"calibrated: error {before:.3f} -> {after:.3f} on held-out images, {report.updates} updates, {report.seconds:.0f} s."
+    )
     return document
 
 
@@ -317,6 +350,12 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     val = space.image_set("val")
     say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
     fit(model, train, val, config, folder, seed=protocol.seed, arm=arm, metric=protocol.metric)
-    meta = {**space.stamp(), "arm": arm, "preprocess": space.preprocess.to_dict(), "classes": list(space.source.classes), "seed": protocol.seed}
+    meta = {
+        **space.stamp(),
+        "arm": arm,
+        "preprocess": space.preprocess.to_dict(),
+        "classes": list(space.source.classes),
+        "seed": protocol.seed,
+    }
     save(model, folder / "model", meta=meta)
     return read_json(folder / "fit.json")

@@ -89,7 +89,9 @@ class Workspace:
         wanted = [row for row in self.rows if row.split in sides]
         lost = [row.image for row in wanted if row.image not in samples]
         if lost:
-            raise DataError(f"{self.file('split.csv')} names {len(lost)} images that the data no longer has, such as {lost[0]}; use a new --out.")
+            raise DataError(
+                f"{self.file('split.csv')} names {len(lost)} images that the data no longer has, such as {lost[0]}; use a new --out."
+            )
         return ImageSet(
             [samples[row.image] for row in wanted],
             self.source.classes,
@@ -117,5 +119,3 @@ class Workspace:
         from mrl.run import environment
 
         return {"schema": 1, "protocol_sha256": self.protocol.sha256(), "environment": environment()}
-
-

@@ -6,4 +6,16 @@ from mrl.swap.config import SETTINGS, SwapConfig
 from mrl.swap.plan import Plan, PlanRow, plan
 from mrl.swap.store import load, save
 
-__all__ = ["SETTINGS", "CalibrateConfig", "Handle", "Plan", "PlanRow", "SwapConfig", "calibrate", "load", "plan", "save", "swap_"]
+__all__ = [
+    "SETTINGS",
+    "CalibrateConfig",
+    "Handle",
+    "Plan",
+    "PlanRow",
+    "SwapConfig",
+    "calibrate",
+    "load",
+    "plan",
+    "save",
+    "swap_",
+]

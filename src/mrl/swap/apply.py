@@ -48,7 +48,9 @@ class Handle:
         []
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, grids: list[Grid], kept: dict[str, _Kept], hooks: list[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, grids: list[Grid], kept: dict[str, _Kept], hooks: list[Any]
+    ) -> None:
         self.model, self.plan = model, plan
         self._grids, self._kept, self._hooks = grids, kept, hooks
         self._names = list(plan.names)
@@ -146,7 +148,9 @@ def swap_(model: nn.Module, plan: Plan) -> Handle:
     refuse_wrapped(model)
     missing = [n for n in plan.names if n not in plan.sites or not _is(model, n, plan.sites[n].module)]
     if missing:
-        raise SwapError(f"swap_: {missing[0]} is not the module that was planned; call mrl.plan on this very model, then swap_.")
+        raise SwapError(
+            f"swap_: {missing[0]} is not the module that was planned; call mrl.plan on this very model, then swap_."
+        )
     networks: dict[int, tuple[Grid, nn.Module]] = {}
     built: dict[str, nn.Module] = {}
     for row in plan.rows:
@@ -183,12 +187,16 @@ def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Modul
     finally:
         grid.fixed = seen
     if not _same_form(ours, theirs):
-        raise SwapError(f"{row.name}: the replacement returned {_form(ours)} where the original returns {_form(theirs)}; please report this model.")
+        raise SwapError(
+            f"{row.name}: the replacement returned {_form(ours)} where the original returns {_form(theirs)}; please report this model."
+        )
     return mixer
 
 
 def _same_form(a: Any, b: Any) -> bool:
-    return _form(a) == _form(b) and all(torch.isfinite(t).all() for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
+    return _form(a) == _form(b) and all(
+        torch.isfinite(t).all() for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)
+    )
 
 
 def _form(value: Any) -> Any:

@@ -92,7 +92,8 @@ class CalibrationReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a run's `calibration.json`."""
         stages = [
-            {**asdict(s), "mean_error_before": s.mean_error_before, "mean_error_after": s.mean_error_after} for s in self.stages
+            {**asdict(s), "mean_error_before": s.mean_error_before, "mean_error_after": s.mean_error_after}
+            for s in self.stages
         ]
         return {
             "schema": 1,
@@ -179,7 +180,9 @@ def _collect(loader: Iterable[Any], max_images: int) -> Tensor:
 class _Calibrator:
     """The state that the stages share: held-out activations of the teacher, and the mixers."""
 
-    def __init__(self, handle: Handle, config: CalibrateConfig, held: Tensor, train: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, handle: Handle, config: CalibrateConfig, held: Tensor, train: Tensor, device: torch.device
+    ) -> None:
         self.handle, self.config, self.train, self.device = handle, config, train, device
         self.mixers = handle.mixers()
         self.held = held
@@ -255,10 +258,15 @@ class _Calibrator:
         from mrl.swap.neutral import collect_statistics, search_temperature
 
         batches = [b.to(self.device) for b in self.train.split(self.config.batch_size)]
-        collect_statistics(list(self.mixers.values()), lambda: [self.handle.model(b) for b in batches[: max(1, 512 // self.config.batch_size)]])
+        collect_statistics(
+            list(self.mixers.values()),
+            lambda: [self.handle.model(b) for b in batches[: max(1, 512 // self.config.batch_size)]],
+        )
         recorded = self._teacher(self.train[:64].to(self.device))
         for name, (x, y) in recorded.items():
-            search_temperature(self.mixers[name].mrl, lambda x=x, y=y, name=name: self._error(name, self.mixers[name](x), y))
+            search_temperature(
+                self.mixers[name].mrl, lambda x=x, y=y, name=name: self._error(name, self.mixers[name](x), y)
+            )
         return 0
 
     def _layers(self) -> int:
@@ -269,7 +277,11 @@ class _Calibrator:
         updates = max(config.min_updates, round(config.epochs * per_epoch))
         optimizer, flags = self._optimizer()
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=updates, pct_start=0.1, cycle_momentum=False
+            optimizer,
+            [g["lr"] for g in optimizer.param_groups],
+            total_steps=updates,
+            pct_start=0.1,
+            cycle_momentum=False,
         )
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates // per_epoch + 2)])
@@ -338,4 +350,6 @@ def _normalised(ours: Tensor, theirs: Tensor) -> Tensor:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

@@ -65,7 +65,9 @@ class SwapConfig:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise SwapError(f"SwapConfig({name}={getattr(self, name)!r}): use one of {', '.join(map(repr, values))}.")
+                raise SwapError(
+                    f"SwapConfig({name}={getattr(self, name)!r}): use one of {', '.join(map(repr, values))}."
+                )
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise SwapError(f"SwapConfig(group_size={self.group_size!r}): use a whole number from 1.")
 

@@ -106,9 +106,13 @@ class RegionCore(nn.Module):
     def full_resolution(self) -> bool:
         """Whether q, k and v of every position are needed."""
         c = self.config
-        return c.reduce == "depthwise" or c.local_source == "value" or (c.prefix == "exact" and self.num_prefix_tokens > 0)
+        return (
+            c.reduce == "depthwise" or c.local_source == "value" or (c.prefix == "exact" and self.num_prefix_tokens > 0)
+        )
 
-    def forward(self, x: Tensor, project: Project, norms: tuple[Norm, Norm] | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, project: Project, norms: tuple[Norm, Norm] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Mixes the tokens.
 
         Args:
@@ -170,7 +174,9 @@ class RegionCore(nn.Module):
             bias = (pooled if bias is None else pooled + bias).to(q.dtype)
         if exact:
             region_bias = bias[..., prefix:, :] if mask is not None else bias
-            regions = attend(q[:, prefix:], *tokens[1:], self.num_heads, self.scale, key_bias=region_bias, dropout_p=drop)
+            regions = attend(
+                q[:, prefix:], *tokens[1:], self.num_heads, self.scale, key_bias=region_bias, dropout_p=drop
+            )
             rows = None if mask is None else _additive(mask, q.dtype)[..., :prefix, :]
             head = attend(full[0][:, :prefix], *full[1:], self.num_heads, self.scale, key_bias=rows, dropout_p=drop)
             return regions, head

@@ -37,7 +37,11 @@ class Grid:
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         """The forward hook on the patch-embedding convolution, whose output is (B, C, H, W)."""
         seen = (int(output.shape[-2]), int(output.shape[-1]))
-        if self.seen not in (None, seen) and torch.is_grad_enabled() and getattr(self.owner[0], "grad_checkpointing", False):
+        if (
+            self.seen not in (None, seen)
+            and torch.is_grad_enabled()
+            and getattr(self.owner[0], "grad_checkpointing", False)
+        ):
             raise SwapError(
                 f"gradient checkpointing with images of two sizes (tokens {self.seen} and {seen}): the second pass could "
                 "recompute the first on the wrong grid; train on one size, or call set_grad_checkpointing(False)."
@@ -59,7 +63,9 @@ class Grid:
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise SwapError(f"{tokens} patch tokens and no grid: run the whole model, or call handle.fix_grid((H, W)).")
-        warnings.warn(f"{tokens} patch tokens and no grid: taken for {side} x {side}; call handle.fix_grid((H, W)).", stacklevel=2)
+        warnings.warn(
+            f"{tokens} patch tokens and no grid: taken for {side} x {side}; call handle.fix_grid((H, W)).", stacklevel=2
+        )
         return side, side
 
     @staticmethod

@@ -14,10 +14,10 @@ Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern means a module: its whole name as a regular expression, or a dotted suffix of it.
+    r"""Whether a pattern means a module: its whole name as a regular expression, or a dotted suffix of it.
 
     Example:
-        >>> matches("blocks.1", "blocks.1"), matches("blocks.1", "blocks.10"), matches(r"blocks\\.[01]\\.attn", "blocks.0.attn")
+        >>> matches("blocks.1", "blocks.1"), matches("blocks.1", "blocks.10"), matches(r"blocks\.[01]\.attn", "blocks.0.attn")
         (True, False, True)
     """
     if name == pattern or name.endswith("." + pattern):

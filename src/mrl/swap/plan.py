@@ -83,17 +83,26 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a run's `plan.json`."""
         rows = [{("class" if k == "kind" else k): v for k, v in asdict(row).items()} for row in self.rows]
-        return {"schema": 1, "rows": rows, "config": self.config.to_dict(), "predicted_latency_ratio": self.predicted_latency_ratio}
+        return {
+            "schema": 1,
+            "rows": rows,
+            "config": self.config.to_dict(),
+            "predicted_latency_ratio": self.predicted_latency_ratio,
+        }
 
     def __str__(self) -> str:
-        lines = [f"{'module':32} {'action':6} {'region':7} {'tokens':12} {'M params':15} {'GMACs':17} {'time':6} reason"]
+        lines = [
+            f"{'module':32} {'action':6} {'region':7} {'tokens':12} {'M params':15} {'GMACs':17} {'time':6} reason"
+        ]
         for r in self.rows:
             tokens = "" if r.tokens_before is None else f"{r.tokens_before} > {r.tokens_after}"
             params = "" if r.params_m_before is None else f"{r.params_m_before:.3f} > {r.params_m_after:.3f}"
             gmacs = "" if r.gmacs_before is None else f"{r.gmacs_before:.4f} > {r.gmacs_after:.4f}"
             ratio = "" if r.predicted_latency_ratio is None else f"x{r.predicted_latency_ratio:.2f}"
             region = f"{r.region[0]}x{r.region[1]}"
-            lines.append(f"{r.name:32} {r.action:6} {region:7} {tokens:12} {params:15} {gmacs:17} {ratio:6} {r.reason}".rstrip())
+            lines.append(
+                f"{r.name:32} {r.action:6} {region:7} {tokens:12} {params:15} {gmacs:17} {ratio:6} {r.reason}".rstrip()
+            )
         if self.predicted_latency_ratio is not None:
             lines.append(f"predicted time of all blocks after / before: x{self.predicted_latency_ratio:.2f}")
         return "\n".join(lines)
@@ -137,7 +146,10 @@ def plan(
     refuse_wrapped(model)
     sites = find_sites(model)
     chosen = _choose(sites, target, exclude, layers, config, model)
-    rows = [plan_row(site, region_of(region, name) if name in chosen else (1, 1), name in chosen, config) for name, site in sites.items()]
+    rows = [
+        plan_row(site, region_of(region, name) if name in chosen else (1, 1), name in chosen, config)
+        for name, site in sites.items()
+    ]
     result = Plan(rows, config, None, {name: sites[name] for name in chosen})
     if example_inputs is not None:
         from mrl.swap.cost import predict_cost
@@ -150,8 +162,12 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raises SwapError for a compiled, wrapped or already swapped model."""
     if hasattr(model, "_orig_mod"):
         raise SwapError("this model is compiled: swap before torch.compile (pass model._orig_mod), then compile.")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or type(model).__name__.startswith("FullySharded"):
-        raise SwapError("this model is wrapped for several devices: swap the inner module first, then wrap it and make the optimizer.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or type(model).__name__.startswith(
+        "FullySharded"
+    ):
+        raise SwapError(
+            "this model is wrapped for several devices: swap the inner module first, then wrap it and make the optimizer."
+        )
     if any(hasattr(module, "mrl_row") for module in model.modules()):
         raise SwapError("this model is already swapped: call handle.restore() first, or load the original.")
 
@@ -169,13 +185,22 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 found[name] = site
                 break
         else:
-            known = isinstance(module, nn.MultiheadAttention) or ("Attention" in type(module).__name__ and any(True for _ in module.parameters()))
+            known = isinstance(module, nn.MultiheadAttention) or (
+                "Attention" in type(module).__name__ and any(True for _ in module.parameters())
+            )
             if known and name:
                 found[name] = Site(name, module, reason=LATER)
     return found
 
 
-def _choose(sites: dict[str, Site], target: Target, exclude: Target | None, layers: Sequence[int] | None, config: SwapConfig, model: nn.Module) -> list[str]:
+def _choose(
+    sites: dict[str, Site],
+    target: Target,
+    exclude: Target | None,
+    layers: Sequence[int] | None,
+    config: SwapConfig,
+    model: nn.Module,
+) -> list[str]:
     auto = isinstance(target, str) and target == "auto"
     matched = [n for n, s in sites.items() if auto or selected(target, n, s.module)]
     if exclude is not None:
@@ -186,13 +211,17 @@ def _choose(sites: dict[str, Site], target: Target, exclude: Target | None, laye
     refused = [n for n in matched if sites[n].reason]
     chosen = [n for n in matched if not sites[n].reason]
     if refused and (not auto or not chosen) and config.on_unsupported == "error":
-        raise SwapError(f"cannot swap {refused[0]} ({type(sites[refused[0]].module).__name__}): {sites[refused[0]].reason}.")
+        raise SwapError(
+            f"cannot swap {refused[0]} ({type(sites[refused[0]].module).__name__}): {sites[refused[0]].reason}."
+        )
     if not chosen:
         raise SwapError(_nothing(sites, target, model))
     if layers is not None:
         bad = [i for i in layers if not -len(chosen) <= i < len(chosen)]
         if bad or not layers:
-            raise SwapError(f"layers={list(layers)}: {len(chosen)} modules matched; use indices from {-len(chosen)} to {len(chosen) - 1}.")
+            raise SwapError(
+                f"layers={list(layers)}: {len(chosen)} modules matched; use indices from {-len(chosen)} to {len(chosen) - 1}."
+            )
         picked = {i % len(chosen) for i in layers}
         chosen = [n for i, n in enumerate(chosen) if i in picked]
     return chosen
@@ -204,7 +233,9 @@ def _nothing(sites: dict[str, Site], target: Target, model: nn.Module) -> str:
         near = closest(wanted, sites) or list(sites)[:5]
         return f"target={target!r} matched no attention module that can be swapped; the closest are {', '.join(near)}."
     kinds = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
-    return f"{type(model).__name__} has no attention module that an adapter knows; its layers are {', '.join(kinds[:8])}."
+    return (
+        f"{type(model).__name__} has no attention module that an adapter knows; its layers are {', '.join(kinds[:8])}."
+    )
 
 
 def plan_row(site: Site, region: tuple[int, int], swap: bool, config: SwapConfig) -> PlanRow:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -28,6 +27,7 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
         SwapError: there is none, and none can be inferred.
 
     Example:
+        >>> import timm
         >>> recipe_of(timm.create_model("test_vit", img_size=32, num_classes=3))["kwargs"]["num_classes"]
         3
     """
@@ -119,12 +119,13 @@ def _difference(model: nn.Module, recipe: dict[str, Any]) -> str | None:
 def _traits(module: nn.Module) -> dict[str, Any]:
     """A module's plain attributes and the shapes of its own tensors."""
     traits = {k: v for k, v in vars(module).items() if k not in _CACHES and not k.startswith("_") and _is_plain(v)}
-    traits |= {f"tensor {k}": tuple(v.shape) for k, v in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    traits |= {
+        f"tensor {k}": tuple(v.shape)
+        for k, v in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
     traits.pop("grad_checkpointing", None)
     return traits
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
-
-

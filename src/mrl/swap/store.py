@@ -107,9 +107,17 @@ def load(folder: Path | str, *, base: nn.Module | None = None) -> nn.Module:
         _apply(model, document["swap"])
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    shapes = [
+        f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}"
+        for k in own.keys() & tensors.keys()
+        if own[k].shape != tensors[k].shape
+    ]
     if missing or extra or shapes:
-        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if keys]
+        parts = [
+            f"{what}: {', '.join(keys)}"
+            for what, keys in (("missing", missing), ("left over", extra), ("of another shape", shapes))
+            if keys
+        ]
         raise SwapError(f"{folder} does not fit the model that its recipe builds; {'; '.join(parts)}.")
     model.load_state_dict(tensors, strict=True, assign=True)
     model.mrl_recipe = document["recipe"]
@@ -127,7 +135,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, FileNotFoundError) as error:
         raise ConfigError(f"{folder}: the saved model is damaged ({error}); save it again.") from error
     if document.get("schema", 0) > SCHEMA:
-        raise ConfigError(f"{folder}: written by a newer mrl (schema {document['schema']}, this one reads {SCHEMA}); update mrl.")
+        raise ConfigError(
+            f"{folder}: written by a newer mrl (schema {document['schema']}, this one reads {SCHEMA}); update mrl."
+        )
     return document, tensors
 
 
@@ -138,8 +148,13 @@ def _swap_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     config = rows[0][1]["config"]
     if any(row["config"] != config for _, row in rows):
-        raise SwapError("mrl.save: parts of this model were swapped with different SwapConfigs; save the parts one by one.")
-    return {"config": config, "rows": [{"name": name, "adapter": row["adapter"], "region": row["region"]} for name, row in rows]}
+        raise SwapError(
+            "mrl.save: parts of this model were swapped with different SwapConfigs; save the parts one by one."
+        )
+    return {
+        "config": config,
+        "rows": [{"name": name, "adapter": row["adapter"], "region": row["region"]} for name, row in rows],
+    }
 
 
 def _recipe_without_swap(model: nn.Module, swap: dict[str, Any] | None) -> dict[str, Any]:
@@ -162,7 +177,9 @@ def _apply(model: nn.Module, swap: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in swap["rows"]}
     absent = [n for n in rows if n not in sites or sites[n].reason]
     if absent:
-        raise SwapError(f"the saved swap names {', '.join(absent)}, which this base does not have; give the model it was made from.")
+        raise SwapError(
+            f"the saved swap names {', '.join(absent)}, which this base does not have; give the model it was made from."
+        )
     config = SwapConfig(**{**swap["config"], "keep_original": False})
     planned = [plan_row(sites[n], tuple(row["region"]), True, config) for n, row in rows.items()]
     swap_(model, Plan(planned, config, None, {n: sites[n] for n in rows}))

@@ -43,7 +43,9 @@ class SwappedTimmAttention(nn.Module):
         if is_causal:
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         if attn_mask is not None and self.mrl.config.bias == "error":
-            raise SwapError("SwapConfig(bias='error'): the model passed an attention mask; use bias='pool', or run it without.")
+            raise SwapError(
+                "SwapConfig(bias='error'): the model passed an attention mask; use bias='pool', or run it without."
+            )
         normed = not (isinstance(self.q_norm, nn.Identity | None) and isinstance(self.k_norm, nn.Identity | None))
         norms = (self._headwise(self.q_norm), self._headwise(self.k_norm)) if normed else None
         y = self.mrl(x, self._project, norms, attn_mask)
