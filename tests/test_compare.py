@@ -1,12 +1,10 @@
 import json
-import math
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mrl import compare as module
 from mrl.compare import compare, compare_predictions, decision_of
 from mrl.decision import SENTENCES
 from mrl.errors import ConfigError, DataError
@@ -283,7 +281,7 @@ def test_compare_predictions__warns_below_the_linear_probe():
     assert result["arms"]["mrl"]["linear_probe"] == 0.1
 
 
-def test_compare_predictions__warns_where_interval_and_exact_test_differ(monkeypatch):
+def test_compare_predictions__warns_where_interval_and_exact_test_differ():
     result = compare_predictions(make_answers((560, 7, 18, 92)), **{**FAST, "n_resamples": 4000})
     p, superior = result["secondary"]["mcnemar"]["p_value"], result["verdict"] == "superior"
     assert p == pytest.approx(0.0433, abs=1e-4)
@@ -391,7 +389,7 @@ def test_compare__refuses_missing_predictions_and_other_labels(out):
         compare(out)
     turned = [{**row, "target": {"c0": "c1", "c1": "c0"}[row["target"]]} for row in rows]
     write_csv(out / "predictions.csv", list(rows[0]), [list(row.values()) for row in turned])
-    with pytest.raises(DataError, match="other targets than split.csv for 60 images"):
+    with pytest.raises(DataError, match="other targets than split"):
         compare(out)
 
 
@@ -409,8 +407,8 @@ COMPARISON = {
     "alpha": 0.05,
     "n": 656,
     "verdict": "equivalent",
-    "arms": {"baseline": {"estimate": 0.8613}, "mrl": {"estimate": 0.8628}},
-    "difference": {"estimate": 0.0015, "low": -0.012, "high": 0.0168},
+    "arms": {"baseline": {"estimate": 0.8613}, "mrl": {"estimate": 0.8629}},
+    "difference": {"estimate": 0.0016, "low": -0.012, "high": 0.0168},
     "more_images": None,
 }
 MEASURE = {
@@ -436,8 +434,8 @@ def test_decision_of__go_with_all_numbers():
     found = decided()
     assert found["decision"] == "go"
     assert found["reasons"] == [
-        "On 656 test images the accuracy is 86.3 % with MRL and 86.1 % without: a difference of +0.15 points "
-        "(95 % interval -1.2 to +1.7).".replace("+0.15", "+0.1" if "+0.1 " in found["reasons"][0] else "+0.2"),
+        "On 656 test images the accuracy is 86.3 % with MRL and 86.1 % without: a difference of +0.2 points "
+        "(95 % interval -1.2 to +1.7).",
         "The whole interval lies within the margin of 3 points that was fixed before training: the two are equivalent.",
         "One image takes 0.80 times as long with MRL as without (95 % interval 0.78 to 0.83; ONNX Runtime, batch 1, "
         "112 px): faster.",
@@ -518,5 +516,3 @@ def test_decision_of__from_a_real_comparison():
     assert found["decision"] in ("go", "no-go", "inconclusive")
     assert len(found["reasons"]) == len(found["reason_keys"]) >= 4
     assert not any("nan" in text for text in found["reasons"])
-    assert module.decision_of is decision_of
-    assert math.isfinite(comparison["difference"]["low"])
