@@ -62,7 +62,7 @@ class Predictions:
         return np.array([column[t] for t in self.targets], dtype=np.int64)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_probabilities(
     model: nn.Module, images: ImageSet, *, batch_size: int = 64, device: torch.device | str | None = None
 ) -> np.ndarray:

@@ -106,6 +106,9 @@ def _path(
         model.set_params(C=1.0 / (strength * len(x)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings(
+                "ignore", "The number of unique classes", UserWarning
+            )  # there are K, few images or not
             model.fit(x, y, sample_weight=weights)
         yield strength, model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
 
