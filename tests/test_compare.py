@@ -466,6 +466,13 @@ def test_decision_of__quality_sentences(comparison, says):
     assert says in " ".join(decided(comparison)["reasons"])
 
 
+def test_decision_of__latency_has_its_own_level():
+    found = decided({"alpha": 0.1})
+    assert "(90 % interval" in found["reasons"][0]
+    assert "(95 % interval" in found["reasons"][2]
+    assert "(90 % interval" in decided(measure={"alpha": 0.1})["reasons"][2]
+
+
 def test_decision_of__inconclusive_says_how_many_more():
     found = decided({"verdict": "inconclusive", "difference": interval(0.0, -0.05, 0.05), "more_images": 1234})
     assert found["decision"] == "inconclusive"

@@ -16,7 +16,6 @@ from mrl.stats import (
     holm,
     latency_verdict,
     mcnemar_exact,
-    median_of_blocks,
     minimum_detectable_effect,
     more_images,
     nadeau_bengio,
@@ -418,8 +417,6 @@ def test_ratio_of_medians__unequal_samples_in_a_block():
 def test_ratio_of_medians__refuses(bad):
     with pytest.raises(ConfigError):
         ratio_of_medians(bad, bad)
-    with pytest.raises(ConfigError):
-        median_of_blocks(bad)
 
 
 def test_ratio_of_medians__refuses_other_block_counts():

@@ -71,7 +71,8 @@ def decision_of(comparison: Mapping[str, Any], measure: Mapping[str, Any], proto
 
     Args:
         comparison: content of comparison.json.
-        measure: content of measure.json: its `verdict`, `latency_ratio` and the row that decides.
+        measure: content of measure.json: its `verdict`, `latency_ratio` (of 95 % unless it has an `alpha`) and the row
+            that decides.
         protocol: the run's protocol, for `max_slowdown`.
 
     Returns:
@@ -97,7 +98,7 @@ def decision_of(comparison: Mapping[str, Any], measure: Mapping[str, Any], proto
     cost = measure.get("verdict") or "not resolvable"
     slowest = float(protocol.max_slowdown)
     decision, steps = decide(comparison["verdict"], cost, ends, slowest)
-    said = [*_quality(comparison), _latency(measure, cost, comparison["alpha"], slowest)]
+    said = [*_quality(comparison), _latency(measure, cost, slowest)]
     for step in steps:
         params = dict(step.params)
         if "max_slowdown" in params:
@@ -133,7 +134,7 @@ def _quality(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     return said
 
 
-def _latency(measure: Mapping[str, Any], cost: str, alpha: float, slowest: float) -> tuple[str, dict[str, str]]:
+def _latency(measure: Mapping[str, Any], cost: str, slowest: float) -> tuple[str, dict[str, str]]:
     ratio = measure.get("latency_ratio") or {}
     values = [_number(ratio.get(key)) for key in ("estimate", "low", "high")]
     if any(math.isnan(value) for value in values):
@@ -143,7 +144,13 @@ def _latency(measure: Mapping[str, Any], cost: str, alpha: float, slowest: float
     where = ""
     if row:
         where = f"; {BACKENDS.get(row['backend'], row['backend'])}, batch {row['batch']}, {row['image_size']} px"
-    return cost, {"ratio": estimate, "low": low, "high": high, "level": _level(alpha), "where": where}
+    return cost, {
+        "ratio": estimate,
+        "low": low,
+        "high": high,
+        "level": _level(measure.get("alpha", 0.05)),
+        "where": where,
+    }
 
 
 def _number(value: float | None) -> float:

@@ -4,7 +4,6 @@ from mrl.stats.bootstrap import (
     Resamples,
     bca,
     bca_interval,
-    median_of_blocks,
     ratio_of_medians,
     resample,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "holm",
     "latency_verdict",
     "mcnemar_exact",
-    "median_of_blocks",
     "minimum_detectable_effect",
     "more_images",
     "nadeau_bengio",

@@ -1,4 +1,4 @@
-"""The bootstrap: BCa intervals over groups, and block intervals of latencies. Everything is resampled in pairs."""
+"""The bootstrap: BCa intervals over groups, and block intervals of latency ratios. Everything is resampled in pairs."""
 
 from __future__ import annotations
 
@@ -206,30 +206,6 @@ def ratio_of_medians(
     estimate = float(np.median(blocks[1]) / np.median(blocks[0]))
     low, high = _percentiles(second / first, alpha, "ratio_of_medians")
     return Interval(estimate, low, high, "percentile over blocks")
-
-
-def median_of_blocks(samples: np.ndarray, *, alpha: float = 0.05, n_resamples: int = 5_000, seed: int = 0) -> Interval:
-    """The median of one arm's timings with a percentile interval from resampled blocks.
-
-    Args:
-        samples: (blocks, samples a block) or (blocks,) timings, in any unit.
-        alpha: 1 - confidence.
-        n_resamples: number of draws.
-        seed: of the draws.
-
-    Raises:
-        ConfigError: fewer than 2 blocks, or timings that are not above 0.
-
-    Example:
-        >>> i = median_of_blocks(np.random.default_rng(0).gamma(100, 0.1, (30, 5)))
-        >>> i.low < i.estimate < i.high
-        True
-    """
-    blocks = _as_blocks(samples, "median_of_blocks")
-    (medians,) = _block_medians([blocks], n_resamples, seed)
-    return Interval(
-        float(np.median(blocks)), *_percentiles(medians, alpha, "median_of_blocks"), "percentile over blocks"
-    )
 
 
 def _as_blocks(samples: np.ndarray, who: str) -> np.ndarray:
