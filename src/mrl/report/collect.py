@@ -1,0 +1,243 @@
+"""Reads a finished run folder and puts its numbers side by side; computes none of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mrl.errors import ConfigError
+from mrl.run import plain, read_csv, read_json
+
+ARMS = ("baseline", "mrl")
+_LATENCY = ("latency_ms_median", "latency_ms_p95", "latency_ms_p99", "throughput_img_s")
+_COST = ("params_m", "gmacs", "peak_memory_mb", "file_mb")
+_FIT = (
+    "updates",
+    "epochs",
+    "best_update",
+    "updates_to_95",
+    "linear_probe_val",
+    "below_linear_probe",
+    "stopped_early",
+    "images_seen",
+    "trainable_params_m",
+    "precision",
+    "device",
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run as they lie in its folder; what is not there is None or empty, and named in `missing`."""
+
+    out: Path
+    protocol: Mapping[str, Any]
+    protocol_text: str
+    audit: Mapping[str, Any]
+    split: Sequence[Mapping[str, str]]
+    comparison: Mapping[str, Any]
+    measure: Mapping[str, Any]
+    fits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    export: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    missing: tuple[str, ...] = ()
+
+    def decisive(self) -> Mapping[str, Any]:
+        """The row of `measure.json` that the decision rests on, or an empty one."""
+        rows = self.measure.get("rows") or []
+        return next((row for row in rows if row.get("decides")), {})
+
+
+def read_run(out: str | Path) -> RunFiles:
+    """Reads all files of a run.
+
+    Args:
+        out: the run folder.
+
+    Raises:
+        ConfigError: a file without which there is no decision is not there, with the verb that writes it.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise ConfigError(f"{out}: not a run folder; `mrl poc --out {out}` makes one.")
+    needed = {
+        "protocol.yaml": "mrl poc",
+        "audit.json": "mrl audit",
+        "split.csv": "mrl split",
+        "comparison.json": "mrl compare",
+        "measure.json": "mrl measure",
+    }
+    for name, verb in needed.items():
+        if not (out / name).is_file():
+            raise ConfigError(f"{out / name}: not found, and the report needs it; run `{verb} --out {out}` first.")
+    fits = {arm: _optional(out / "arms" / arm / "fit.json") for arm in ARMS}
+    curves = {arm: _lines(out / "arms" / arm / "metrics.jsonl") for arm in ARMS}
+    others = {name: _optional(out / f"{name}.json") for name in ("plan", "calibration", "export", "evaluation")}
+    missing = [f"{name}.json" for name, value in others.items() if value is None]
+    missing += [f"arms/{arm}/fit.json" for arm, value in fits.items() if value is None]
+    missing += [f"arms/{arm}/metrics.jsonl" for arm, value in curves.items() if not value]
+    missing += [name for name in ("predictions.csv",) if not (out / name).is_file()]
+    text = (out / "protocol.yaml").read_text(encoding="utf-8")
+    return RunFiles(
+        out=out,
+        protocol=_yaml(text, out / "protocol.yaml"),
+        protocol_text=text,
+        audit=read_json(out / "audit.json"),
+        split=read_csv(out / "split.csv"),
+        comparison=read_json(out / "comparison.json"),
+        measure=read_json(out / "measure.json"),
+        fits={arm: value or {} for arm, value in fits.items()},
+        metrics=curves,
+        missing=tuple(missing),
+        **others,
+    )
+
+
+def collect_report(out: str | Path) -> dict[str, Any]:
+    """The content of `report.json`: every number of the report that a program would want, and the decision.
+
+    Scores are fractions; `difference` is MRL minus baseline, `latency_ratio` MRL divided by baseline (below 1 is
+    faster); what was not measured is None. The decision comes from `mrl.compare.decision_of`; nothing is computed here.
+
+    Args:
+        out: a run folder with at least `protocol.yaml`, `audit.json`, `split.csv`, `comparison.json`, `measure.json`.
+
+    Raises:
+        ConfigError: one of them is not there.
+
+    Example:
+        >>> import tempfile
+        >>> try:
+        ...     collect_report(tempfile.mkdtemp())
+        ... except ConfigError as error:
+        ...     print("run `mrl poc" in str(error))
+        True
+    """
+    return assemble(read_run(out))
+
+
+def assemble(run: RunFiles) -> dict[str, Any]:
+    """`report.json` from files that were read already."""
+    from mrl.compare import decision_of
+    from mrl.protocol import load_protocol, was_changed
+
+    decided = decision_of(run.comparison, run.measure, load_protocol(run.out))
+    comparison, measure = run.comparison, run.measure
+    environment = measure.get("environment") or comparison.get("environment") or {}
+    sha256 = run.protocol.get("sha256") or comparison.get("protocol_sha256")
+    return plain(
+        {
+            "schema": 1,
+            "decision": decided["decision"],
+            "reasons": list(decided["reasons"]),
+            "reason_keys": list(decided.get("reason_keys") or []),
+            "verdict": {"quality": comparison["verdict"], "cost": measure.get("verdict")},
+            "metric": comparison["metric"],
+            "margin": comparison["margin"],
+            "alpha": comparison["alpha"],
+            "arms": {arm: _arm(run, arm) for arm in ARMS},
+            "difference": comparison["difference"],
+            "latency_ratio": measure.get("latency_ratio") or {"estimate": None, "low": None, "high": None},
+            "exported_arm": (run.export or {}).get("arm"),
+            "mde": run.protocol.get("mde"),
+            "more_images": comparison.get("more_images"),
+            "disagreement": comparison.get("disagreement"),
+            "calibration": _calibration(run),
+            "skipped": list(run.audit.get("skipped") or []),
+            "bad_files": list(run.audit.get("bad") or []),
+            "warnings": warnings_of(run),
+            "missing": list(run.missing),
+            "protocol_sha256": sha256,
+            "protocol_changed": ["protocol.yaml"] * was_changed(run.out) + other_protocols(run),
+            "environment": environment,
+        }
+    )
+
+
+def _arm(run: RunFiles, arm: str) -> dict[str, Any]:
+    scored = (run.comparison.get("arms") or {}).get(arm) or {}
+    timed = (run.decisive().get("arms") or {}).get(arm) or {}
+    cost = (run.measure.get("arms") or {}).get(arm) or {}
+    fit = run.fits.get(arm) or {}
+    probe = scored.get("linear_probe")
+    if probe is None:
+        probe = (((run.evaluation or {}).get("arms") or {}).get(arm) or {}).get("linear_probe")
+    return {
+        **{key: scored.get(key) for key in ("estimate", "low", "high", "n", "interval_method")},
+        "metrics": scored.get("metrics") or {},
+        "intervals": scored.get("intervals") or {},
+        "linear_probe": probe,
+        **{key: timed.get(key) for key in _LATENCY},
+        **{key: cost.get(key) for key in _COST},
+        "million_images_hours": (run.measure.get("million_images_hours") or {}).get(arm),
+        "fit_seconds": fit.get("seconds"),
+        "best_val_score": fit.get("best_score"),
+        **{key: fit.get(key) for key in _FIT},
+    }
+
+
+def _calibration(run: RunFiles) -> dict[str, Any] | None:
+    if run.calibration is None:
+        return None
+    return {key: run.calibration.get(key) for key in ("setting", "updates", "seconds", "n_images", "restored")}
+
+
+def warnings_of(run: RunFiles) -> list[str]:
+    """Every warning of the run, once, in the order of the steps.
+
+    Example:
+        >>> files = dict(protocol={}, protocol_text="", split=[], measure={})
+        >>> warnings_of(RunFiles(Path(), audit={"warnings": ["no groups"]}, comparison={"warnings": ["no groups"]}, **files))
+        ['no groups']
+    """
+    found = list(run.audit.get("warnings") or [])
+    found += [f"{arm}: {text}" for arm in ARMS for text in (run.fits.get(arm) or {}).get("warnings") or []]
+    found += list((run.calibration or {}).get("warnings") or [])
+    found += list(run.comparison.get("warnings") or []) + list(run.measure.get("warnings") or [])
+    return list(dict.fromkeys(found))
+
+
+def other_protocols(run: RunFiles) -> list[str]:
+    """The files that were written under another protocol than the one in the folder.
+
+    Example:
+        >>> files = dict(protocol_text="", audit={}, split=[], measure={})
+        >>> other_protocols(RunFiles(Path(), {"sha256": "a"}, comparison={"protocol_sha256": "b"}, **files))
+        ['comparison.json']
+    """
+    own = run.protocol.get("sha256")
+    files: dict[str, Mapping[str, Any] | None] = {
+        "comparison.json": run.comparison,
+        "measure.json": run.measure,
+        "plan.json": run.plan,
+        "calibration.json": run.calibration,
+        "export.json": run.export,
+        "evaluation.json": run.evaluation,
+        **{f"arms/{arm}/fit.json": run.fits.get(arm) for arm in ARMS},
+    }
+    return [name for name, data in files.items() if data and data.get("protocol_sha256") not in (None, own)]
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _yaml(text: str, path: Path) -> dict[str, Any]:
+    import yaml
+
+    loaded = yaml.safe_load(text)
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: not a mapping; restore the file as `mrl poc` wrote it.")
+    return loaded

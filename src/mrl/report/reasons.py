@@ -1,0 +1,92 @@
+"""The reasons of the decision and the warnings of the run, said in the page's language.
+
+Other modules write them in English. A reason comes with a key and the texts that fill it; a warning is only a sentence,
+and is found again by the English table, whose texts serve as patterns. What is not found stays English and is marked.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from mrl.report.parts import View
+from mrl.report.words import MINUS, Words, table
+
+
+def reasons(view: View) -> list[dict[str, Any]]:
+    """The reasons as sentences; `foreign` marks one that exists in English only."""
+    said = []
+    for i, english in enumerate(view.data["reasons"]):
+        keys = view.data["reason_keys"]
+        item = keys[i] if i < len(keys) and isinstance(keys[i], Mapping) else {}
+        key = f"reason.{item.get('key')}"
+        if view.words.has(key):
+            said.append({"text": _sentence(view, key, item.get("params") or {}), "foreign": False})
+        else:
+            said.append({"text": english, "foreign": view.words.lang != "en"})
+    return said
+
+
+def _sentence(view: View, key: str, params: Mapping[str, Any]) -> str:
+    words, verdict, row = view.words, view.data["verdict"], view.run.decisive()
+    texts = {name: _minus(str(value)) for name, value in params.items()}
+    where = ""
+    if texts.get("where"):
+        backend = words.get(f"backend.{row.get('backend')}", str(row.get("backend")))
+        where = words("reason.where", backend=backend, batch=row.get("batch"), size=view.size(row.get("image_size")))
+    own = {
+        "metric": view.metric,
+        "quality": words.get(f"quality.{verdict['quality']}", ""),
+        "said": words.get(f"cost.{verdict['cost']}", ""),
+        "cost": words.get(f"cost.{verdict['cost']}", ""),
+        "where": where,
+    }
+    sentence = words(key, **{name: own.get(name, text) for name, text in texts.items()})
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _minus(text: str) -> str:
+    return MINUS + text[1:] if re.fullmatch(r"-[\d.,]+", text) else text
+
+
+def warnings(view: View, most: int | None = None) -> list[dict[str, Any]]:
+    """The warnings of the run; `foreign` marks one that exists in English only."""
+    return [said(view.words, text) for text in view.data["warnings"][:most]]
+
+
+def said(words: Words, english: str) -> dict[str, Any]:
+    """A warning in the page's language.
+
+    Example:
+        >>> said(Words("ja"), "something that no table has")["foreign"]
+        True
+    """
+    if words.lang == "en":
+        return {"text": english[:1].upper() + english[1:] + ("" if english.endswith(".") else "."), "foreign": False}
+    for key, pattern in _patterns().items():
+        found = pattern.fullmatch(english)
+        if found:
+            texts = {
+                k: words.get(f"arm.{v}", words.get(f"metric.{v.replace(' ', '_')}", v))
+                for k, v in found.groupdict().items()
+            }
+            texts = {k: words.get(f"quality.{v}", v) for k, v in texts.items()}
+            return {"text": words(key, **texts), "foreign": False}
+    return {"text": english, "foreign": True}
+
+
+@functools.cache
+def _patterns() -> dict[str, re.Pattern[str]]:
+    """The English warnings as patterns: every brace matches whatever stands there."""
+    found = {}
+    for key, text in table("en").items():
+        if key.startswith("warning."):
+            pieces = string.Formatter().parse(text)
+            pattern = "".join(
+                re.escape(literal) + (f"(?P<{name}>.+?)" if name else "") for literal, name, _, _ in pieces
+            )
+            found[key] = re.compile(pattern, re.DOTALL)
+    return found
