@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed
 from torch import nn
 
 from mrl.errors import ConfigError
@@ -175,13 +176,9 @@ def _from_folder(folder: Path, weights: str | None, size: tuple[int, int] | None
 
 def _from_factory(name: str, weights: str | None, size: tuple[int, int] | None, num_classes: int | None) -> nn.Module:
     factory = _factory(name)
-    parameters = inspect.signature(factory).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    taken = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    if num_classes is not None and not takes_all and "num_classes" not in taken:
+    kwargs = _taken(factory, {"num_classes": num_classes, "image_size": size})
+    if num_classes is not None and "num_classes" not in kwargs:
         raise ConfigError(f"--model {name}: it takes no num_classes; add that argument, or use its model's own head.")
-    told = {"num_classes": num_classes, "image_size": size}
-    kwargs = {k: v for k, v in told.items() if v is not None and (takes_all or k in taken)}
     model = _call(name, factory, kwargs)
     recipe = {"kind": "factory", "name": name, "kwargs": _plain(kwargs)}
     model.mrl_recipe = recipe if size is None else {**recipe, "image_size": list(size)}
@@ -218,9 +215,12 @@ def _check_name(name: str) -> None:
         hint = f"nearest names: {', '.join(near)}; `mrl models` lists all" if near else "`mrl models` lists the names"
         raise ConfigError(f"--model {name}: unknown; {hint}; or give a folder of mrl.save or package.module:factory.")
     if "." in name:
-        tagged = timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)
-        if name not in tagged:
-            raise ConfigError(f"--model {name}: unknown tag; use {', '.join(tagged) or name.split('.')[0]}.")
+        try:
+            timm.get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError as error:
+            plain = name.split(".")[0]
+            tagged = timm.list_models(f"{plain}.*", pretrained=True)
+            raise ConfigError(f"--model {name}: unknown tag; use {', '.join([plain, *tagged])}.") from error
 
 
 def _image_kwargs(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
@@ -239,8 +239,9 @@ def _image_kwargs(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
             raise ConfigError(
                 f"--image-size {size[0]}x{size[1]}: {name} cannot take it{reason}; try another."
             ) from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None and (size[0] % patch[0] or size[1] % patch[1]):
+    embed = getattr(model, "patch_embed", None)
+    patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
+    if size[0] % patch[0] or size[1] % patch[1]:
         sides = sorted({n for s, p in zip(size, patch, strict=True) for n in (s // p * p, math.ceil(s / p) * p) if n})
         raise ConfigError(
             f"--image-size {size[0]}x{size[1]}: {name} reads patches of {patch[0]}x{patch[1]} pixels; use a multiple, "
@@ -281,6 +282,17 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         there = ", ".join(sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_")))
         raise ConfigError(f"--model {name}: {module_name} has no function {function!r}; it has {there or 'none'}.")
     return factory
+
+
+def _taken(factory: Callable[..., nn.Module], told: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that are set and that the factory takes; none for a builtin, which does not say."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:
+        return {}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return {key: value for key, value in told.items() if value is not None and (takes_all or key in names)}
 
 
 def _call(name: str, factory: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:

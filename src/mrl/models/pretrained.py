@@ -231,14 +231,13 @@ def _resampled(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Ten
 
 
 def _without_head(
-    state: dict[str, Tensor], own: dict[str, Tensor], head: str | None, path: str | Path
+    state: dict[str, Tensor], own: Mapping[str, Tensor], head: str | None, path: str | Path
 ) -> dict[str, Tensor]:
-    """`state` whose head is the model's own where it cannot be loaded and will be replaced anyway."""
+    """`state` with the model's own head where the file's does not fit: that layer will be replaced anyway."""
     if head is None:
         return state
-    names = [key for key in state if key.startswith(f"{head}.")]
-    if all(key in own and own[key].shape == state[key].shape for key in names):
+    theirs, ours = ({k: v for k, v in d.items() if k.startswith(f"{head}.")} for d in (state, own))
+    if {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}:
         return state
-    say(f"--weights {path}: its head ({head}, {tuple(state[names[0]].shape)}) is left out; the new one is trained.")
-    kept = {key: value for key, value in state.items() if key not in names}
-    return {**kept, **{key: value for key, value in own.items() if key.startswith(f"{head}.")}}
+    say(f"--weights {path}: the head in it ({', '.join(theirs) or 'none'}) is left out; a new one is trained.")
+    return {**{k: v for k, v in state.items() if k not in theirs}, **ours}
