@@ -22,7 +22,7 @@ def latency(view: View) -> Section:
     if figures:
         parts += [Part("legend"), side_by_side(*figures)]
     if row:
-        parts.append(text(words("latency.how", blocks=row.get("n_blocks", "?"), threads=row.get("threads", "?"))))
+        parts.append(text(words("latency.how", **view.how(row))))
     parts.append(_all(view, rows))
     for item in view.run.measure.get("image_sizes_not_measured") or []:
         parts.append(
@@ -40,14 +40,6 @@ def _say_latency(view: View, row: Mapping[str, Any]) -> str:
     return words(key, size=view.size(row.get("image_size")), ratio=words.percent(ratio["estimate"]), interval=interval)
 
 
-def _where(view: View, row: Mapping[str, Any]) -> str:
-    words = view.words
-    backend = words.get(f"backend.{row.get('backend')}", str(row.get("backend")))
-    return words(
-        "latency.where_value", backend=backend, precision=row.get("precision", ""), batch=row.get("batch", "?")
-    )
-
-
 def _samples(view: View, row: Mapping[str, Any]) -> Part | None:
     words, arms = view.words, row.get("arms") or {}
     samples = {arm: (arms.get(arm) or {}).get("samples_ms") or [] for arm in ARMS}
@@ -61,10 +53,7 @@ def _samples(view: View, row: Mapping[str, Any]) -> Part | None:
         for arm in ARMS
     }
     svg = histograms(samples, marks, words, label=words("latency.samples_label"))
-    backend = words.get(f"backend.{row.get('backend')}", str(row.get("backend")))
-    caption = words(
-        "latency.samples", backend=backend, batch=row.get("batch", "?"), size=view.size(row.get("image_size"))
-    )
+    caption = words("latency.samples", **view.how(row))
     return figure(svg, caption, foot=words("latency.hist_foot"))
 
 
@@ -75,11 +64,12 @@ def _by_size(view: View, rows: Any) -> Part | None:
     alike = [r for r in rows if all(r.get(key) == decisive.get(key) for key in ("backend", "batch"))]
     others = [r for r in rows if r not in alike]
     for row in [*sorted(alike, key=lambda r: pixels(r.get("image_size"))), *others]:
-        ratio, label = row.get("ratio") or {}, f"{view.size(row.get('image_size'))} px"
+        ratio, how = row.get("ratio") or {}, view.how(row)
+        label = f"{how['size']} px"
         if row.get("backend") != decisive.get("backend"):
-            label += f", {words.get('backend.' + str(row.get('backend')), str(row.get('backend')))}"
+            label += f", {how['backend']}"
         if row.get("batch") != decisive.get("batch"):
-            label += ", " + words("latency.batch", n=row.get("batch", "?"))
+            label += ", " + words("latency.batch", n=how["batch"])
         spans.append(Span(label, ratio.get("estimate"), ratio.get("low"), ratio.get("high"), "mrl"))
     if not spans:
         return None
@@ -100,7 +90,10 @@ def _all(view: View, rows: Any) -> Part:
     for row in rows:
         arms, ratio = row.get("arms") or {}, row.get("ratio") or {}
         sub = words("latency.decides") if row.get("decides") else str(row.get("note") or "")
-        line: list[str | Cell] = [view.size(row.get("image_size")), Cell(_where(view, row), sub=sub)]
+        line: list[str | Cell] = [
+            view.size(row.get("image_size")),
+            Cell(words("latency.where_value", **view.how(row)), sub=sub),
+        ]
         for key, text_ in (("latency_ms_median", words.ms), ("latency_ms_p95", words.ms), ("latency_ms_p99", words.ms)):
             line.append(_both(arms, key, text_))
         line.append(_both(arms, "throughput_img_s", lambda v: words.number(v, 1)))
@@ -222,7 +215,7 @@ def plan(view: View) -> Section:
 
 def _plan_row(view: View, row: Mapping[str, Any]) -> list[str | Cell]:
     words, region = view.words, row.get("region")
-    region = " × ".join(map(str, region)) if isinstance(region, (list, tuple)) else str(region)
+    sides = region if isinstance(region, list) else [region]
 
     def change(key: str, digits: int) -> str:
         before, after = row.get(f"{key}_before"), row.get(f"{key}_after")
@@ -234,7 +227,7 @@ def _plan_row(view: View, row: Mapping[str, Any]) -> list[str | Cell]:
     return [
         name(row.get("name", "")),
         name(row.get("class", "")),
-        region,
+        " × ".join(words.count(side) for side in sides),
         change("tokens", 0),
         change("gmacs", 4),
         change("params_m", 3),

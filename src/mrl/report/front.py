@@ -137,17 +137,10 @@ def _latency(view: View) -> dict[str, Any]:
     verdict = verdict if words.has(f"cost.{verdict}_means") else "missing"
     interval = words.interval(found["low"], found["high"], "ratio", (1.0,))
     value, level = words.ratio(found["estimate"]), words("front.level", level=view.level)
-    where = words(
-        "front.latency_note",
-        backend=words.get(f"backend.{row.get('backend')}", str(row.get("backend") or words("missing"))),
-        batch=row.get("batch", "?"),
-        size=view.size(row.get("image_size")),
-        threads=row.get("threads", "?"),
-    )
     return {
         "key": "latency",
         "title": words("front.latency"),
-        "note": where,
+        "note": words("front.latency_note", **view.how(row)),
         "values": [{"arm": "", "label": "", "value": value, "sub": f"{level} {interval}"}],
         "verdict": words(f"cost.{verdict}"),
         "means": words(f"cost.{verdict}_means"),

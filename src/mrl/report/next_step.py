@@ -63,10 +63,9 @@ def _where(view: View) -> str:
         found = row["ratio"]
         return words(
             "next.nogo_where_faster",
-            size=view.size(row["image_size"]),
             ratio=words.percent(found["estimate"], 0),
             interval=words.between(words.number(found["low"] * 100, 0), words.percent(found["high"], 0)),
-            backend=words.get(f"backend.{row.get('backend')}", str(row.get("backend"))),
+            **view.how(row),
         )
     best = min(others, key=lambda r: r["ratio"]["estimate"])
     sizes = sorted({pixels(r["image_size"]): view.size(r["image_size"]) for r in rows}.items())

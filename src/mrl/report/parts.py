@@ -72,6 +72,14 @@ class View:
             return str(value[0]) if len(set(value)) == 1 else " × ".join(map(str, value))
         return str(value) if value is not None else self.words("missing")
 
+    def how(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """How a row of `measure.json` was measured, each as text: backend, precision, batch, size, threads, blocks."""
+        words = self.words
+        texts = {key: row.get(key) for key in ("precision", "batch", "threads")} | {"blocks": row.get("n_blocks")}
+        shown = {key: "?" if value is None else str(value) for key, value in texts.items()}
+        backend = words.get(f"backend.{row.get('backend')}", str(row.get("backend") or words("missing")))
+        return {**shown, "backend": backend, "size": self.size(row.get("image_size"))}
+
 
 @dataclass(frozen=True)
 class Part:

@@ -35,8 +35,7 @@ def _sentence(view: View, key: str, params: Mapping[str, Any]) -> str:
     texts = {name: _minus(str(value)) for name, value in params.items()}
     where = ""
     if texts.get("where"):
-        backend = words.get(f"backend.{row.get('backend')}", str(row.get("backend")))
-        where = words("reason.where", backend=backend, batch=row.get("batch"), size=view.size(row.get("image_size")))
+        where = words("latency.at", **view.how(row))
     own = {
         "metric": view.metric,
         "quality": words.get(f"quality.{verdict['quality']}", ""),
@@ -44,7 +43,7 @@ def _sentence(view: View, key: str, params: Mapping[str, Any]) -> str:
         "cost": words.get(f"cost.{verdict['cost']}", ""),
         "where": where,
     }
-    sentence = words(key, **{name: own.get(name, text) for name, text in texts.items()})
+    sentence = words(key, **{**texts, **own})
     return sentence[:1].upper() + sentence[1:]
 
 
