@@ -59,7 +59,7 @@ def perceptual_hash(decoded: Decoded) -> int | None:
     if values.ndim == 3:
         values = values @ np.array([0.299, 0.587, 0.114], np.float32)
     grey = Image.fromarray(values.astype(np.float32) / np.float32(decoded.maximum))
-    small = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
+    small = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float64)
     if np.ptp(small) < FLAT:
         return None
     basis = _cosines()

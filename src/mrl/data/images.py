@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from mrl.data.wide import read_netpbm, read_wide
+from mrl.data.wide import has_whole_directory, read_netpbm, read_wide
 from mrl.errors import ConfigError, DataError
 
 ORIENTATION = 0x0112
@@ -138,6 +138,8 @@ def _pixels(image: Image.Image, data: bytes) -> Decoded:
     if image.format == "PPM" and (exact := read_netpbm(data)) is not None:
         values, maximum = exact
         return Decoded(values, float(maximum), "I;16" if values.ndim == 2 else "RGB;16", maximum.bit_length())
+    if image.format == "TIFF" and not has_whole_directory(data):
+        raise DataError("is truncated (its TIFF directory is not complete)")
     bits, mode = _bits(image, data), image.mode
     inverted = image.format == "TIFF" and mode.startswith("I") and image.tag_v2.get(PHOTOMETRIC) == 0
     image.load()  # the whole file: truncation shows here

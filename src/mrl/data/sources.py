@@ -199,9 +199,12 @@ def _load_folder(root: Path, flag: str) -> ImageSource:
     if not folders:
         raise DataError(f"{flag} {root}: {len(images)} images lie directly in it and have no label; {LAYOUT}.")
     if len(folders) > 1 and {p.name.lower() for p in folders} <= SIDES:
+        train = next((p for p in folders if p.name.lower().startswith("train")), folders[0])
+        others = [p for p in folders if p is not train]
+        test = next((p for p in others if p.name.lower().startswith("test")), others[0])
         raise DataError(
             f"{flag} {root}: its folders ({', '.join(p.name for p in folders)}) are sides of a split, not classes; "
-            f"give --data {root / folders[-1].name} and, for images to test on, --test with the other folder."
+            f"give --data {train} --test {test}."
         )
     samples, loose = [], list(others)
     for path in images:

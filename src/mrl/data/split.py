@@ -169,7 +169,7 @@ def check_split(rows: Sequence[SplitRow], audit: Audit, *, group_near: bool = Fa
             for v, what in ((twice, "twice"), (strange, "unknown"), (lost, "missing"))
             if v
         ]
-        raise DataError(f"{who}: images are {', '.join(parts)}; make the split again from this audit.")
+        raise DataError(f"{who}: of its images {', '.join(parts)}; make the split again from this audit.")
     sides = {row.image: row.split for row in rows}
     for row in rows:
         sample = samples[row.image]

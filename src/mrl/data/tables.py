@@ -111,6 +111,6 @@ def _sample(table: Path, values: dict[str, str], line: int, wrong: list[str]) ->
 def _name(root: Path, text: str) -> str:
     """The image's name: relative to the CSV's folder where it lies below it."""
     if os.path.isabs(text):
-        inside = os.path.relpath(text, root.resolve())
-        text = text if inside.startswith("..") else inside
+        inside = [os.path.relpath(text, start) for start in (root.absolute(), root.resolve())]
+        text = next((name for name in inside if not name.startswith("..")), text)
     return Path(os.path.normpath(text)).as_posix()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -183,11 +185,11 @@ class Augment:
     def _tilt(self, x: Tensor, angle: float, right: float, down: float) -> Tensor:
         """A small rotation and shift; what comes in from outside is the mirrored edge."""
         height, width = x.shape[-2:]
-        pad = [min(n - 1, round(0.15 * n) + 1) for n in (width, height)]
-        wide = F.pad(x, pad, padding_mode="reflect")
-        shift = [0.05 * right * width, 0.05 * down * height]
-        turned = F.affine(wide, self.degrees * angle, shift, 1.0, [0.0, 0.0], InterpolationMode.BILINEAR)
-        return turned[..., pad[1] : pad[1] + height, pad[0] : pad[0] + width]
+        turn = math.radians(self.degrees * angle)
+        cos, sin, ratio = math.cos(turn), math.sin(turn), height / width
+        matrix = torch.tensor([[[cos, sin * ratio, 0.1 * right], [-sin / ratio, cos, 0.1 * down]]], dtype=x.dtype)
+        grid = functional.affine_grid(matrix, [1, x.shape[0], height, width], align_corners=False)
+        return functional.grid_sample(x[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
 def make_augment(level: Level = "light") -> Augment:

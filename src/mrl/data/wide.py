@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 
 import numpy as np
@@ -60,6 +61,20 @@ def _unpacked(data: bytes, kind: str) -> np.ndarray:
         image.tile = tiles
         image.load()
         return np.asarray(image)
+
+
+def has_whole_directory(data: bytes) -> bool:
+    r"""Whether the first directory of a classic TIFF lies within the file; Pillow reads what there is of it in silence.
+
+    Example:
+        >>> has_whole_directory(b"II*\0\x08\0\0\0\x05\0")
+        False
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    if struct.unpack_from(f"{order}H", data, 2)[0] != 42:  # a BigTIFF
+        return True
+    start = struct.unpack_from(f"{order}L", data, 4)[0]
+    return start + 2 <= len(data) and start + 2 + 12 * struct.unpack_from(f"{order}H", data, start)[0] <= len(data)
 
 
 def read_netpbm(data: bytes) -> tuple[np.ndarray, int] | None:
