@@ -80,38 +80,12 @@ def make_split(
         [(('crack', 'test'), 2), (('crack', 'train'), 5), (('crack', 'val'), 1),
          (('good', 'test'), 2), (('good', 'train'), 5), (('good', 'val'), 1)]
     """
-    if preset in ("standard", "full"):
-        raise ConfigError(f"--preset {preset}: comes in a later version; use quick (one hold-out).")
-    if preset != "quick":
-        raise ConfigError(f"--preset {preset}: unknown; use quick (one hold-out).")
-    for name, value in (("test_fraction", test_fraction), ("val_fraction", val_fraction)):
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} {value}: must be above 0 and below 1, such as 0.25.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"--seed {seed}: must be a whole number, 0 or more.")
-    sides = {s.image: "test" for s in audit.kept if s.side == "test"}
-    rng = np.random.default_rng([seed, 0x5F117])
-    units = _units(audit, group_near)
-    for unit in units:
-        held = [image for image in unit.images if image in sides]
-        if 0 < len(held) < len(unit.images):
-            other = next(image for image in unit.images if image not in sides)
-            raise DataError(
-                f"--group-near: {other} belongs together with {held[0]} of --test (it looks like it, or like one that "
-                "does); take one of them out, or leave out --group-near."
-            )
-    units = [unit for unit in units if unit.images[0] not in sides]
-    if not sides:
-        held = hold_out(units, test_fraction, rng, leave=2, sides="training, inner validation and test")
-        sides |= {image: "test" for unit in held for image in unit.images}
-        units = [unit for unit in units if unit.images[0] not in sides]
-    for unit in hold_out(units, val_fraction, rng, leave=1, sides="training and inner validation"):
-        sides |= dict.fromkeys(unit.images, "val")
+    _check_options(preset, seed, test_fraction=test_fraction, val_fraction=val_fraction)
+    sides = _draw_sides(audit, np.random.default_rng([seed, 0x5F117]), group_near, test_fraction, val_fraction)
     rows = [
         SplitRow(s.image, s.label, s.group or "", audit.sha256[s.image], sides.get(s.image, "train"))
-        for s in audit.kept
+        for s in sorted(audit.kept, key=lambda sample: sample.image)
     ]
-    rows.sort(key=lambda row: row.image)
     check_split(rows, audit, group_near=group_near)
     return rows
 
@@ -219,6 +193,40 @@ def read_split(path: Path | str) -> list[SplitRow]:
         if row.split not in SIDES:
             raise DataError(f"{path}: {row.image} is on side {row.split!r}; sides are {', '.join(SIDES)}.")
     return rows
+
+
+def _check_options(preset: str, seed: int, **fractions: float) -> None:
+    if preset in ("standard", "full"):
+        raise ConfigError(f"--preset {preset}: comes in a later version; use quick (one hold-out).")
+    if preset != "quick":
+        raise ConfigError(f"--preset {preset}: unknown; use quick (one hold-out).")
+    for name, value in fractions.items():
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} {value}: must be above 0 and below 1, such as 0.25.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"--seed {seed}: must be a whole number, 0 or more.")
+
+
+def _draw_sides(audit: Audit, rng: np.random.Generator, group_near: bool, test: float, val: float) -> dict[str, str]:
+    """The side of each image that is not for training."""
+    sides = {s.image: "test" for s in audit.kept if s.side == "test"}
+    units = _units(audit, group_near)
+    for unit in units:
+        held = [image for image in unit.images if image in sides]
+        if 0 < len(held) < len(unit.images):
+            other = next(image for image in unit.images if image not in sides)
+            raise DataError(
+                f"--group-near: {other} belongs together with {held[0]} of --test (it looks like it, or like one that "
+                "does); take one of them out, or leave out --group-near."
+            )
+    units = [unit for unit in units if unit.images[0] not in sides]
+    if not sides:
+        for unit in hold_out(units, test, rng, leave=2, sides="training, inner validation and test"):
+            sides |= dict.fromkeys(unit.images, "test")
+        units = [unit for unit in units if unit.images[0] not in sides]
+    for unit in hold_out(units, val, rng, leave=1, sides="training and inner validation"):
+        sides |= dict.fromkeys(unit.images, "val")
+    return sides
 
 
 def _units(audit: Audit, group_near: bool) -> list[Unit]:
