@@ -73,7 +73,7 @@ def intervals(
     """
     names = [span.label for span in rows if span.label]
     left = min(170.0, max(map(text_width, names)) + 12) if names else 14.0
-    top = 18.0 if guides.sides or guides.band_label else 6.0
+    top = 21.0 if guides.sides or guides.band_label else 6.0
     gap = GROUP_GAP if guides.group else 0.0
     bottom = top + row * len(rows) + gap * (len(rows) // max(guides.group, 1))
     canvas = Canvas(width, bottom + 24, label)
@@ -95,8 +95,8 @@ def intervals(
 def _guide(canvas: Canvas, axis: Axis, guides: Guides, top: float, bottom: float) -> None:
     left, right, taken = axis.start, axis.stop, 0.0
     if guides.sides:
-        canvas.text(left, 10, f"← {guides.sides[0]}", "side")
-        canvas.text(right, 10, f"{guides.sides[1]} →", "side", anchor="end")
+        canvas.text(left, 13, f"← {guides.sides[0]}", "side")
+        canvas.text(right, 13, f"{guides.sides[1]} →", "side", anchor="end")
         taken = max(map(text_width, guides.sides)) + 20
     if guides.band:
         low, high = map(axis, guides.band)
