@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mrl import results, steps
-from mrl.data import audit as run_audit
+from mrl.data.audit import audit as run_audit
 from mrl.errors import ConfigError
 from mrl.fit import FitConfig
 from mrl.models import build_model, model_names

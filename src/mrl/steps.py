@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from mrl.data import Audit, SplitRow, load_audit, load_source, make_loader, make_split, write_split
-from mrl.data import audit as audit_images
-from mrl.errors import ConfigError
+from mrl.data import Audit, SplitRow, changed_files, load_audit, make_loader, make_split, write_split
+from mrl.data.audit import audit as audit_images
+from mrl.errors import ConfigError, DataError
 from mrl.fit import FitConfig, fit
 from mrl.models import build_model
 from mrl.models.build import weights_are_own
@@ -107,7 +107,7 @@ def make_protocol(request: Request, audit: Audit, rows: Sequence[SplitRow]) -> P
     counts = audit.to_dict()["class_counts"]
     n_test = sum(row.split == "test" for row in rows)
     size = _pair(request.image_size)
-    effects = {str(p): minimum_detectable_effect(n_test, p, power=0.8, alpha=request.alpha) for p in DISAGREEMENT}
+    effects = {str(p): _detectable(n_test, p, request.alpha) for p in DISAGREEMENT}
     return Protocol(
         data={
             "source": str(request.data),
@@ -141,6 +141,12 @@ def make_protocol(request: Request, audit: Audit, rows: Sequence[SplitRow]) -> P
     )
 
 
+def _detectable(n: int, disagreement: float, alpha: float) -> float:
+    """The minimum detectable effect of the exact McNemar test; the normal approximation where so few images can show nothing exactly."""
+    exact = minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha, exact=True)
+    return exact if exact == exact else minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha)
+
+
 def _weights_hash(request: Request) -> str | None:
     for candidate in (request.weights, request.model):
         if candidate and Path(candidate).is_file():
@@ -169,11 +175,15 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
         ConfigError: the folder holds a run of another protocol, with what differs.
         DataError: images or labels that cannot be used, or that changed since the audit.
     """
-    source = load_source(request.data, test=request.test)
     if space.file("audit.json").is_file() and not overwrite:
-        audit = load_audit(space.out, source)
+        audit = load_audit(space.out, request.data, request.test)
+        changed = changed_files(audit)
+        if changed:
+            raise DataError(f"{len(changed)} images changed since the audit, such as {changed[0]}; use a new --out, or put them back.")
     else:
-        audit = audit_images(source, space.out, on_bad=request.on_bad, bit_depth=request.bit_depth, overwrite=overwrite)
+        audit = audit_images(
+            request.data, space.out, test=request.test, on_bad=request.on_bad, bit_depth=request.bit_depth, overwrite=overwrite
+        )
     rows = make_split(audit, preset=request.preset, seed=request.seed)
     protocol = make_protocol(request, audit, rows)
     if space.file("protocol.yaml").is_file() and not overwrite:
@@ -183,7 +193,7 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
         say_mde(protocol)
     if not space.file("split.csv").is_file() or overwrite:
         write_split(space.file("split.csv"), rows)
-    space.__dict__.update(source=source, audit=audit, protocol=protocol)
+    space.__dict__.update(source=audit.source, audit=audit, protocol=protocol)
     return space
 
 

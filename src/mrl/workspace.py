@@ -10,6 +10,7 @@ import torch
 
 from mrl.data import (
     Audit,
+    ImageCache,
     ImageSet,
     ImageSource,
     Preprocess,
@@ -83,6 +84,11 @@ class Workspace:
         net = build_model(protocol.model, None, image_size=protocol.image_size)
         return Preprocess(tuple(protocol.image_size), bit_depth=protocol.data["bit_depth"], **preprocess_of(net))
 
+    @cached_property
+    def cache(self) -> ImageCache:
+        """Resized images, shared by all sides and arms while they fit in memory."""
+        return ImageCache()
+
     def image_set(self, *sides: str, augment: str = "none", seed: int = 0) -> ImageSet:
         """The images of these sides of the split, in the order of `split.csv`."""
         samples = {s.image: s for s in self.audit.kept}
@@ -98,6 +104,7 @@ class Workspace:
             self.preprocess,
             augment=None if augment == "none" else make_augment(augment),
             seed=seed,
+            cache=self.cache,
         )
 
     def new_classifier(self) -> nn.Module:

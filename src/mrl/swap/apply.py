@@ -178,7 +178,7 @@ def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Modul
     """The replacement, tried on a small random grid against the original."""
     adapter = adapters()[row.adapter]
     mixer = adapter.build(site, tuple(row.region), config, grid)
-    mixer.mrl_row = {"name": row.name, "adapter": row.adapter, "region": list(row.region), "config": config.to_dict()}
+    mixer.mrl_row = {"name": row.name, "adapter": row.adapter, "region": list(row.region), "config": _stored(config)}
     seen, grid.fixed = grid.fixed, (row.region[0] + 1, row.region[1] + 2)
     try:
         x = adapter.probe_input(site, grid.fixed, 2)
@@ -191,6 +191,11 @@ def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Modul
             f"{row.name}: the replacement returned {_form(ours)} where the original returns {_form(theirs)}; please report this model."
         )
     return mixer
+
+
+def _stored(config: SwapConfig) -> dict[str, Any]:
+    """The choices that make the module what it is; keeping originals is the handle's business."""
+    return {k: v for k, v in config.to_dict().items() if k != "keep_original"}
 
 
 def _same_form(a: Any, b: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -276,12 +277,9 @@ class _Calibrator:
         per_epoch = max(1, n // config.batch_size)
         updates = max(config.min_updates, round(config.epochs * per_epoch))
         optimizer, flags = self._optimizer()
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            [g["lr"] for g in optimizer.param_groups],
-            total_steps=updates,
-            pct_start=0.1,
-            cycle_momentum=False,
+        warm = max(1, round(0.1 * updates))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda u: min((u + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * (u - warm) / (updates - warm + 1)))
         )
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates // per_epoch + 2)])
