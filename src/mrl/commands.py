@@ -60,6 +60,7 @@ def split(
     preset: str | None = None,
     seed: int | None = None,
     on_bad: str | None = None,
+    group_near: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Writes the protocol and split.csv: training, inner validation and test sides.
@@ -77,6 +78,7 @@ def split(
         preset: quick.
         seed: of the split and the training.
         on_bad: error or skip.
+        group_near: keep near duplicates on one side.
         overwrite: split again.
     """
     given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}

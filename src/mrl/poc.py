@@ -35,6 +35,7 @@ def poc(
     preset: str = "quick",
     seed: int = 0,
     on_bad: str = "error",
+    group_near: bool = False,
     bit_depth: int | None = None,
     margin: float = 0.03,
     alpha: float = 0.05,
@@ -62,6 +63,7 @@ def poc(
         preset: quick: one hold-out of 25 %, 15 % of the training side for inner validation.
         seed: of the split and the training.
         on_bad: error lists every bad file and stops; skip leaves them out and the report says so.
+        group_near: keep near duplicates (perceptual hash within 4 bits) on one side of the split.
         bit_depth: bits that the values really have, such as 12 in a 16-bit file.
         margin: the largest loss of the metric that still counts as equivalent, a fraction.
         alpha: of the two-sided intervals.
@@ -78,7 +80,7 @@ def poc(
     """
     size = tuple(image_size) if isinstance(image_size, (list, tuple)) else image_size
     request = Request(
-        model, data, weights, test, weights_unseen, size, region, swap, layers, preset, seed, on_bad, bit_depth, margin, alpha,
+        model, data, weights, test, weights_unseen, size, region, swap, layers, preset, seed, on_bad, group_near, bit_depth, margin, alpha,
         max_slowdown, budget, calibration,
     )  # fmt: skip
     if arm is not None and arm not in ARMS:

@@ -43,6 +43,7 @@ class Request:
         preset: how the data is split.
         seed: of the split and the training.
         on_bad: "error" or "skip".
+        group_near: keep near duplicates on one side of the split.
         bit_depth: of the images' values where their type says too much.
         margin: the largest loss that counts as equivalent, a fraction.
         alpha: of the two-sided intervals.
@@ -63,6 +64,7 @@ class Request:
     preset: str = "quick"
     seed: int = 0
     on_bad: str = "error"
+    group_near: bool = False
     bit_depth: int | None = None
     margin: float = 0.03
     alpha: float = 0.05
@@ -118,6 +120,7 @@ def make_protocol(request: Request, audit: Audit, rows: Sequence[SplitRow]) -> P
             "classes": sorted(counts),
             "class_counts": counts,
             "on_bad": request.on_bad,
+            "group_near": request.group_near,
             "bit_depth": request.bit_depth,
         },
         model=request.model,
@@ -184,7 +187,7 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
         audit = audit_images(
             request.data, space.out, test=request.test, on_bad=request.on_bad, bit_depth=request.bit_depth, overwrite=overwrite
         )
-    rows = make_split(audit, preset=request.preset, seed=request.seed)
+    rows = make_split(audit, preset=request.preset, seed=request.seed, group_near=request.group_near)
     protocol = make_protocol(request, audit, rows)
     if space.file("protocol.yaml").is_file() and not overwrite:
         _same_protocol(space, protocol)
@@ -223,7 +226,7 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
     Raises:
         ConfigError: no protocol and no --model and --data to make one, or a flag that contradicts the protocol.
     """
-    given = {k: v for k, v in given.items() if v is not None and not (k == "weights_unseen" and v is False)}
+    given = {k: v for k, v in given.items() if v is not None and v is not False}
     if isinstance(given.get("image_size"), list):
         given["image_size"] = tuple(given["image_size"])
     if not space.file("protocol.yaml").is_file() or overwrite:
@@ -239,6 +242,7 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
         "model": protocol.model, "data": protocol.data["source"], "weights": protocol.weights, "test": protocol.data["test"],
         "weights_unseen": protocol.weights_unseen, "image_size": tuple(protocol.image_size), "region": protocol.region, "swap": protocol.swap,
         "layers": protocol.layers, "preset": protocol.preset, "seed": protocol.seed, "on_bad": protocol.data["on_bad"],
+        "group_near": protocol.data["group_near"],
     }  # fmt: skip
     for name, value in given.items():
         if name in ("budget", "calibration"):
