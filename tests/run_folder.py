@@ -108,8 +108,8 @@ def _protocol(story, out, data, rows):
 def _audit(story, out, data, rows, sha):
     c = story.classes
     bad = [
-        {"image": f"{c[0]}/cut.jpg", "reason": "truncated: 12 bytes are missing", "action": "skipped"},
-        {"image": f"{c[1]}/notes.png", "reason": "not an image (text)", "action": "skipped"},
+        {"image": f"{c[0]}/cut.jpg", "reason": "is truncated (12 bytes are missing)", "action": "skipped"},
+        {"image": f"{c[1]}/notes.png", "reason": "is not an image, whatever its name says", "action": "skipped"},
     ]
     twins = [f"{c[0]}/twin.png", f"{c[1]}/twin_copy.png"]
     conflicts = [{"images": twins, "labels": [c[0], c[1]]}]

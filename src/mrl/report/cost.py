@@ -10,6 +10,7 @@ from mrl.report.figures import Guides, Span, histograms, intervals
 from mrl.report.front import hours, money
 from mrl.report.next_step import pixels
 from mrl.report.parts import Cell, Part, Section, View, figure, name, note, quotient, side_by_side, table, text
+from mrl.report.reasons import translated
 from mrl.report.words import MINUS, known
 
 
@@ -26,7 +27,13 @@ def latency(view: View) -> Section:
     parts.append(_all(view, rows))
     for item in view.run.measure.get("image_sizes_not_measured") or []:
         parts.append(
-            text(words("latency.not_measured", size=view.size(item.get("image_size")), reason=item.get("reason", "")))
+            text(
+                words(
+                    "latency.not_measured",
+                    size=view.size(item.get("image_size")),
+                    reason=translated(words, item.get("reason", ""))["text"],
+                )
+            )
         )
     return Section("latency", _say_latency(view, row), parts)
 
@@ -89,7 +96,7 @@ def _all(view: View, rows: Any) -> Part:
     cells: list[list[str | Cell]] = []
     for row in rows:
         arms, ratio = row.get("arms") or {}, row.get("ratio") or {}
-        sub = words("latency.decides") if row.get("decides") else str(row.get("note") or "")
+        sub = words("latency.decides") if row.get("decides") else translated(words, str(row.get("note") or ""))["text"]
         line: list[str | Cell] = [
             view.size(row.get("image_size")),
             Cell(words("latency.where_value", **view.how(row)), sub=sub),
@@ -124,7 +131,7 @@ def size(view: View) -> Section:
         rows.append(
             [
                 words(f"size.{key}"),
-                *(words.unit(v, "").rstrip() for v in values),
+                *(words.unit(v, "") for v in values),
                 words.ratio(quotient(values[1], values[0])),
             ]
         )
@@ -217,20 +224,23 @@ def _plan_row(view: View, row: Mapping[str, Any]) -> list[str | Cell]:
     words, region = view.words, row.get("region")
     sides = region if isinstance(region, list) else [region]
 
-    def change(key: str, digits: int) -> str:
+    def change(key: str) -> str:
         before, after = row.get(f"{key}_before"), row.get(f"{key}_after")
         if not known(before) and not known(after):
             return words("missing")
-        return f"{words.number(before, digits)} → {words.number(after, digits)}"
+        return f"{words.unit(before, '')} → {words.unit(after, '')}"
 
-    action = Cell(words.get(f"plan.{row.get('action')}", str(row.get("action"))), sub=str(row.get("reason") or ""))
+    action = Cell(
+        words.get(f"plan.{row.get('action')}", str(row.get("action"))),
+        sub=translated(words, str(row.get("reason") or ""))["text"],
+    )
     return [
         name(row.get("name", "")),
         name(row.get("class", "")),
         " × ".join(words.count(side) for side in sides),
-        change("tokens", 0),
-        change("gmacs", 4),
-        change("params_m", 3),
+        change("tokens"),
+        change("gmacs"),
+        change("params_m"),
         words.ratio(row.get("predicted_latency_ratio")),
         action,
     ]
@@ -255,8 +265,8 @@ def _calibration(view: View) -> list[Part]:
                 words.get(f"plan.stage_{key}", key),
                 words.count(stage.get("updates")),
                 words.duration(stage.get("seconds")),
-                words.number(stage.get("mean_error_before"), 3),
-                words.number(stage.get("mean_error_after"), 3),
+                words.unit(stage.get("mean_error_before"), ""),
+                words.unit(stage.get("mean_error_after"), ""),
                 _accepted(view, stage),
             ]
         )

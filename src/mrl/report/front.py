@@ -51,7 +51,7 @@ def front(view: View) -> dict[str, Any]:
         "observed": _observed(view),
         "cannot": _cannot(view),
         "alerts": _alerts(view),
-        "warnings": warnings(view, most=WARNINGS),
+        "warnings": warnings(view, without="skipped")[:WARNINGS],
         "more_warnings": _more_warnings(view),
         "cost": _cost(view),
         "steps": steps(view),
@@ -212,7 +212,7 @@ def _alerts(view: View) -> list[str]:
 
 
 def _more_warnings(view: View) -> str:
-    left = len(view.data["warnings"]) - WARNINGS
+    left = len(warnings(view, without="skipped")) - WARNINGS
     return view.words("front.warnings_more", n=left, section=view.number("audit")) if left > 0 else ""
 
 

@@ -65,6 +65,7 @@ def _where(view: View) -> str:
             "next.nogo_where_faster",
             ratio=words.percent(found["estimate"], 0),
             interval=words.between(words.number(found["low"] * 100, 0), words.percent(found["high"], 0)),
+            best=_best(view, faster, row),
             **view.how(row),
         )
     best = min(others, key=lambda r: r["ratio"]["estimate"])
@@ -75,6 +76,15 @@ def _where(view: View) -> str:
         ratio=words.ratio(best["ratio"]["estimate"]),
         size=view.size(best["image_size"]),
     )
+
+
+def _best(view: View, rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    """The most that was measured, where it is more than at the smallest size that is faster."""
+    words, best = view.words, min(rows, key=lambda r: r["ratio"]["estimate"])
+    if best["image_size"] == row["image_size"]:
+        return ""
+    ratio = words.percent(best["ratio"]["estimate"], 0)
+    return words("next.nogo_where_best", size=view.size(best["image_size"]), ratio=ratio)
 
 
 def pixels(size: Any) -> int:

@@ -100,14 +100,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell with more than text: a small bar, a second line, an arm's mark, or a name somebody else gave."""
+    """A table's cell with more than text: a small bar, a second line, a name somebody else gave, or words in English."""
 
     text: str
     bar: str = ""
     sub: str = ""
     name: bool = False
     strong: bool = False
-    href: str = ""
+    foreign: bool = False
 
 
 def name(text: Any) -> Cell:

@@ -32,18 +32,17 @@ def scores(view: View) -> Section:
     rows.append([words("scores.probe", metric=view.metric), *(words.score(primary, probes[arm]) for arm in ARMS)])
     for key, field in (("probe_val", "linear_probe_val"), ("best_val", "best_val_score")):
         rows.append([words(f"scores.{key}"), *(words.score(primary, view.arm(arm)[field]) for arm in ARMS)])
-    below = [
-        arm
-        for arm in ARMS
-        if known(probes[arm]) and known(view.arm(arm)["estimate"]) and view.arm(arm)["estimate"] < probes[arm]
+    reached = {arm: view.arm(arm)["estimate"] for arm in ARMS}
+    below = [arm for arm in ARMS if known(probes[arm]) and known(reached[arm]) and reached[arm] < probes[arm]]
+    kept = [arm for arm in ARMS if view.arm(arm)["below_linear_probe"]]
+    said = [
+        words(key, arm=words("unit.comma").join(map(words.arm, arms)))
+        for key, arms in (("scores.say_below", below), ("scores.say_kept", kept))
+        if arms
     ]
-    below += [arm for arm in ARMS if view.arm(arm)["below_linear_probe"] and arm not in below]
-    parts = [note(words("scores.say_below", arm=words.arm(arm))) for arm in below]
-    if below:
-        say = words("scores.say_below", arm=words("unit.comma").join(words.arm(arm) for arm in below))
-        parts = []
-    else:
-        say = words("scores.say_over" if all(known(p) for p in probes.values()) else "scores.say_unknown")
+    if not said:
+        said = [words("scores.say_over" if all(known(p) for p in probes.values()) else "scores.say_unknown")]
+    say, parts = said[0], [note(line) for line in said[1:]]
     parts += [
         table(words("scores.caption", level=view.level), head, rows, width="medium"),
         text(words("scores.probe_note")),
@@ -342,7 +341,7 @@ def statistics(view: View) -> Section:
     counted = words("statistics.flips_result", **{key: words.count(len(items)) for key, items in lists.items()})
     rows.append([words("statistics.flips"), counted, "", words("statistics.flips_read")])
     head = [words(f"statistics.{key}") for key in ("test", "result", "interval", "read")]
-    parts = [text(words("statistics.note")), table(words("statistics.caption"), head, rows, "llll")]
+    parts = [text(words("statistics.note")), table(words("statistics.caption"), head, rows, "llrl")]
     for key, items in lists.items():
         if items:
             parts.append(

@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from mrl.report.parts import View
+from mrl.report.parts import Cell, View
 from mrl.report.words import MINUS, Words, table
 
 
@@ -51,30 +51,52 @@ def _minus(text: str) -> str:
     return MINUS + text[1:] if re.fullmatch(r"-[\d.,]+", text) else text
 
 
-def warnings(view: View, most: int | None = None) -> list[dict[str, Any]]:
-    """The warnings of the run; `foreign` marks one that exists in English only."""
-    return [said(view.words, text) for text in view.data["warnings"][:most]]
+def warnings(view: View, without: str = "") -> list[dict[str, Any]]:
+    """The warnings of the run as sentences; one whose key is `without` is left out."""
+    found = [said(view.words, text) for text in view.data["warnings"]]
+    return [item for item in found if not without or item["key"] != f"warning.{without}"]
 
 
 def said(words: Words, english: str) -> dict[str, Any]:
-    """A warning in the page's language.
+    """A warning in the page's language; `foreign` marks one that exists in English only.
 
     Example:
         >>> said(Words("ja"), "something that no table has")["foreign"]
         True
     """
+    found = translated(words, english)
     if words.lang == "en":
-        return {"text": english[:1].upper() + english[1:] + ("" if english.endswith(".") else "."), "foreign": False}
+        found["text"] = english[:1].upper() + english[1:] + ("" if english.endswith(".") else ".")
+    return found
+
+
+def translated(words: Words, english: str) -> dict[str, Any]:
+    """What another module says, in the page's language: {"text", "foreign", "key"}.
+
+    Example:
+        >>> translated(Words("en"), "the file is empty")["key"]
+        'warning.empty'
+    """
     for key, pattern in _patterns().items():
         found = pattern.fullmatch(english)
         if found:
-            texts = {
-                k: words.get(f"arm.{v}", words.get(f"metric.{v.replace(' ', '_')}", v))
-                for k, v in found.groupdict().items()
-            }
-            texts = {k: words.get(f"quality.{v}", v) for k, v in texts.items()}
-            return {"text": words(key, **texts), "foreign": False}
-    return {"text": english, "foreign": True}
+            texts = {name: _term(words, text) for name, text in found.groupdict().items()}
+            return {"text": english if words.lang == "en" else words(key, **texts), "foreign": False, "key": key}
+    return {"text": english, "foreign": words.lang != "en", "key": ""}
+
+
+def _term(words: Words, text: str) -> str:
+    """An arm, a metric or a verdict in the page's language; anything else as it is."""
+    for key in (f"arm.{text}", f"metric.{text.replace(' ', '_')}", f"quality.{text}"):
+        if words.has(key):
+            return words(key)
+    return text
+
+
+def said_cell(words: Words, english: Any) -> Cell:
+    """A table's cell with what another module says."""
+    found = translated(words, str(english or ""))
+    return Cell(found["text"], foreign=found["foreign"] and bool(found["text"]))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from mrl.report.figures import share
 from mrl.report.parts import Cell, Part, Section, View, capped, folded, machine, name, note, side_by_side, table, text
-from mrl.report.reasons import warnings
+from mrl.report.reasons import said_cell, warnings
 from mrl.report.words import known
 
 SIDES = ("train", "val", "test")
@@ -103,7 +103,7 @@ def _bad(view: View) -> list[Part]:
         rows = [
             [
                 name(item["image"]),
-                str(item.get("reason", "")),
+                said_cell(words, item.get("reason")),
                 words.get(f"audit.action_{item.get('action')}", str(item.get("action"))),
             ]
             for item in shown

@@ -84,8 +84,10 @@ class Words:
         return f"{self.number(value, significant(value))}{THIN}ms" if known(value) else self("missing")
 
     def unit(self, value: Any, unit: str) -> str:
-        """A number of three significant digits with its unit."""
-        return f"{self.number(value, significant(value))}{THIN}{unit}" if known(value) else self("missing")
+        """A number of three significant digits with its unit, if it has one."""
+        return (
+            f"{self.number(value, significant(value))}{THIN if unit else ''}{unit}" if known(value) else self("missing")
+        )
 
     def duration(self, seconds: Any) -> str:
         """A time a person can picture: 41 s, 12 min 30 s, 3 h 05 min."""
@@ -174,7 +176,7 @@ def known(value: Any) -> bool:
 
 
 def decimals(values: Sequence[float], marks: Sequence[float], least: int) -> int:
-    """The fewest digits, at most 4, with which every value stays on its side of every mark.
+    """The fewest digits, at most 4, with which values stay apart, and each on its side of every mark.
 
     Example:
         >>> decimals([0.04, 2.0], [0.0], 1), decimals([0.4, 2.0], [0.0], 1)
@@ -182,7 +184,10 @@ def decimals(values: Sequence[float], marks: Sequence[float], least: int) -> int
     """
     for digits in range(least, 5):
         shown = [round(value, digits) for value in values]
-        if all((v > m) == (s > m) and (v < m) == (s < m) for v, s in zip(values, shown, strict=True) for m in marks):
+        apart = len(set(shown)) == len(set(values))
+        if apart and all(
+            (v > m) == (s > m) and (v < m) == (s < m) for v, s in zip(values, shown, strict=True) for m in marks
+        ):
             return digits
     return 4
 
