@@ -333,7 +333,7 @@ def test_front__next_step_follows_the_decision_and_the_measurements(pages):
     assert "model.onnx (the MRL arm" in go
     assert "arms/baseline/model" in go
     assert "model.onnx is the Baseline arm" in no_go
-    assert "at 448 px it took 81" in no_go  # the smallest size of the fixture at which MRL is faster
+    assert "81\u202f% of the baseline's time at 448 px" in no_go  # the smallest at which MRL is faster
     assert re.search(r"label about \d+ more test images", open_)
     assert "Measure the time again" in open_
 
