@@ -163,7 +163,7 @@ def test_export_model__wrong_arguments(model, tmp_path, monkeypatch, images, cla
 
 @pytest.mark.parametrize("setting", ["faithful", "cheap"])
 def test_export_model__swapped_classifier(setting, tmp_path):
-    backbone = timm.create_model("test_vit", img_size=(32, 80), num_classes=0)
+    backbone = timm.create_model("test_vit", img_size=(32, 80), num_classes=0, depth=1)
     model = Classifier(backbone, 3, classes=CLASSES)
     nn.init.normal_(model.head.weight, std=0.2)
     swap_(model, plan(model, region=2, config=SETTINGS[setting]))

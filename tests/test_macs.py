@@ -55,9 +55,10 @@ def test_count__encoder_layer_fast_path():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize(
-    ("name", "gmacs", "params_m"), [("vit_small_patch16_224", 4.61, 22.05), ("resnet18", 1.82, 11.69)]
-)
+PUBLISHED = [("vit_small_patch16_224", 4.61, 22.05), ("resnet18", 1.82, 11.69), ("mrl_13", 4.642, 20.171496)]
+
+
+@pytest.mark.parametrize(("name", "gmacs", "params_m"), PUBLISHED)
 def test_count__published_networks(name, gmacs, params_m):
     cost = count(timm.create_model(name), 224)
     assert cost.gmacs == pytest.approx(gmacs, rel=0.005)

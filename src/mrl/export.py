@@ -97,6 +97,7 @@ def to_onnx(
         raise ConfigError(f"{type(model).__name__} weighs {weight / 1e9:.1f} GB; one ONNX file holds 2 GB at most.")
     image = torch.linspace(-2, 2, 3 * height * width).reshape(1, 3, height, width).repeat(max(batch, 2), 1, 1, 1)
     program = _traced(Probabilities(plain_float(model)).eval(), image)
+    _simplify(program.model)
     _forget_origin(program.model)
     program.model.producer_name = "mrl"
     for key, value in (metadata or {}).items():
@@ -121,11 +122,41 @@ def _traced(model: nn.Module, image: Tensor) -> Any:
     chatter = io.StringIO()
     try:
         with contextlib.redirect_stdout(chatter), torch.no_grad():
-            return torch.onnx.export(
-                model, (image,), dynamo=True, dynamic_shapes=dynamic, opset_version=OPSET, verbose=False, **names
-            )
+            options = {"dynamo": True, "optimize": False, "verbose": False, "opset_version": OPSET}
+            return torch.onnx.export(model, (image,), dynamic_shapes=dynamic, **options, **names)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConfigError(f"{name} cannot be exported to ONNX: {_one_line(error.__cause__ or error)}.") from error
+
+
+def _simplify(model: Any) -> None:
+    """The exporter's optimiser, in an order that is three times as fast: constants and unused nodes go before rules are tried.
+
+    The exporter tries every rule on every node that its lowering made, most of them constants (ViT-S swapped: 6,100 nodes
+    and 20 s against 2 s); the resulting latency is the same.
+    """
+    import onnx_ir.passes.common as common
+    from onnx_ir.passes import Sequential
+    from onnxscript import optimizer, rewriter
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        optimizer.remove_unused_nodes(model)
+    tidy = (
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )
+    Sequential(*tidy)(model)
+    rewriter.rewrite(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    Sequential(*tidy)(model)
 
 
 def _forget_origin(model: Any) -> None:

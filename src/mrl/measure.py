@@ -20,7 +20,7 @@ from mrl.export import open_session, plain_float, take_images, to_onnx
 from mrl.macs import Cost, count, image_pair, twin
 from mrl.memory import memory_left_mb, needed_mb, peak_memory_mb
 from mrl.stats import Interval, latency_verdict, ratio_of_medians
-from mrl.timing import MIN_BLOCKS, Blocks, Call, interleave, mean_interval, schedule, summary, timed_ms, warm_up
+from mrl.timing import MIN_BLOCKS, Blocks, Call, interleave, mean_interval, schedule, summary, warm_up
 
 BACKENDS = ("eager", "onnxruntime")
 DECIDING_BLOCKS = 30
@@ -220,11 +220,9 @@ class Bench:
         if not row.decides:
             self._check_memory(row.batch)
         calls = {arm: self._call(arm, row) for arm in self.models}
-        if not row.decides:
-            self._check_time(sum(timed_ms(call, 0) for call in calls.values()), row, blocks=1)
         warm = {arm: warm_up(call) for arm, call in calls.items()}
         if not row.decides:
-            self._check_time(sum(warm.values()), row, blocks=row.min_blocks)
+            self._check_time(sum(warm.values()), row)
         blocks, calls_per_block = schedule(warm, seconds=row.seconds, min_blocks=row.min_blocks)
         times = interleave(calls, blocks=blocks, calls_per_block=calls_per_block)
         if row.decides:
@@ -245,17 +243,16 @@ class Bench:
             "note": f"only {blocks} blocks, to save time" if blocks < DECIDING_BLOCKS else None,
         }
 
-    def _check_time(self, total_ms: float, row: Row, *, blocks: int) -> None:
-        needed, allowed = total_ms / 1e3 * blocks, PATIENCE * row.seconds
-        if needed > allowed:
-            each, least = f"a block takes {total_ms / 1e3:.1f} s", row.min_blocks
+    def _check_time(self, block_ms: float, row: Row) -> None:
+        allowed = PATIENCE * row.seconds
+        if block_ms / 1e3 * row.min_blocks > allowed:
+            each, least = f"a block takes {block_ms / 1e3:.1f} s", row.min_blocks
             raise TooMuch(f"{each}, and {least} of them are the least; the time budget allows {allowed:.0f} s")
 
     def _check_memory(self, batch: int) -> None:
-        for arm in self.models:
-            needed, left = needed_mb(self.cost(arm), batch), memory_left_mb()
-            if left is not None and needed > 0.8 * left:
-                raise TooMuch(f"{arm} needs about {needed:.0f} MB of memory, and {left:.0f} MB are left")
+        needed, left = sum(needed_mb(self.cost(arm), batch) for arm in self.models), memory_left_mb()
+        if left is not None and needed > 0.8 * left:
+            raise TooMuch(f"it needs about {needed:.0f} MB of memory, and {left:.0f} MB are left")
 
     def cost(self, arm: str) -> Cost:
         """The arm's parameters and multiply-adds at this size."""

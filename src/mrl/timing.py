@@ -38,7 +38,8 @@ def timed_ms(call: Call, index: int) -> float:
 def warm_up(call: Call, *, seconds: float = 2.0, spread: float = 0.1) -> float:
     """Calls until the time is stable; returns the median of the last calls in milliseconds.
 
-    Stable: the last 3 calls lie within `spread` of each other. It stops at `seconds`, but not before the second call.
+    Stable: the last 3 calls lie within `spread` of each other. It stops at `seconds`, but not before the second call,
+    and the first one, which also sets things up, counts for nothing.
 
     Example:
         >>> warm_up(lambda i: time.sleep(0.002)) >= 2
@@ -53,7 +54,7 @@ def warm_up(call: Call, *, seconds: float = 2.0, spread: float = 0.1) -> float:
             break
         if len(times) >= 2 and time.monotonic() - start > seconds:
             break
-    return float(np.median(times[-3:] if len(times) > 3 else times[1:]))
+    return float(np.median(times[1:][-3:]))
 
 
 def schedule(latencies_ms: Mapping[str, float], *, seconds: float, min_blocks: int) -> tuple[int, int]:
