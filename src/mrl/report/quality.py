@@ -226,7 +226,7 @@ def recall(view: View) -> Section:
         label=words("recall.label"),
         text=lambda v: f"{v * 100:.0f} %",
         missing=words("missing"),
-        width=760,
+        width=560,
         row=17,
     )
     rows = [
