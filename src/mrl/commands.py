@@ -298,11 +298,12 @@ def report(
         out: the run folder.
         lang: en or ja.
         price_per_hour: of this machine, to show the cost of a million images.
+        currency: of that price, such as EUR.
         overwrite: replace a report that is there.
     """
     from mrl.report import report as write_report
 
-    path = write_report(out, lang=lang, price_per_hour=price_per_hour, overwrite=overwrite)
+    path = write_report(out, lang=lang, price_per_hour=price_per_hour, currency=currency, overwrite=overwrite)
     say(f"report: {path}")
 
 

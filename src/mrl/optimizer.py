@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mrl.errors import ConfigError
+from mrl.precision import has_bf16
 
 NEVER_DECAYED = ("cls_token", "pos_embed", "reg_token", "dist_token")
 
@@ -158,9 +159,6 @@ def pick_precision(precision: str, device: torch.device, capabilities: Mapping[s
         raise ConfigError("precision 'fp16' needs a GPU; choose auto, bf16 or fp32 on a processor.")
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu":
-        return "fp32"
-    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return "bf16" if any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16")) else "fp32"
+    if has_bf16(device, capabilities):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"

@@ -43,6 +43,7 @@ def poc(
     arm: str | None = None,
     lang: str = "en",
     price_per_hour: float | None = None,
+    currency: str = "",
     overwrite: bool = False,
     budget: FitConfig = FitConfig(),  # noqa: B008
     calibration: CalibrateConfig = CalibrateConfig(),  # noqa: B008
@@ -71,6 +72,7 @@ def poc(
         arm: export this arm, whatever the decision: baseline or mrl.
         lang: of the report: en or ja.
         price_per_hour: of this machine, to show the cost of a million images.
+        currency: of that price, such as EUR.
         overwrite: throw away the run that is in --out and start anew.
         budget: of the fit, the same for both arms.
         calibration: of the swapped arm.
@@ -103,7 +105,7 @@ def poc(
             continue
         say(f"[{i}/{len(todo)}] {made} ({time.monotonic() - start:.0f} s so far)")
         step()
-    path = results.report_step(space, lang=lang, price_per_hour=price_per_hour)
+    path = results.report_step(space, lang=lang, price_per_hour=price_per_hour, currency=currency)
     say(f"done in {time.monotonic() - start:.0f} s: {path}")
 
 

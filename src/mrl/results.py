@@ -119,9 +119,9 @@ def _spread(n: int, most: int) -> list[int]:
     return [i * n // min(n, most) for i in range(min(n, most))]
 
 
-def report_step(space: Workspace, *, lang: str = "en", price_per_hour: float | None = None) -> Path:
+def report_step(space: Workspace, *, lang: str = "en", price_per_hour: float | None = None, currency: str = "") -> Path:
     """Writes `report.json` and `report.html` and prints the decision."""
-    path = report(space.out, lang=lang, price_per_hour=price_per_hour, overwrite=True)
+    path = report(space.out, lang=lang, price_per_hour=price_per_hour, currency=currency, overwrite=True)
     found = read_json(space.file("report.json"))
     say(f"decision: {found['decision'].upper()}")
     for reason in found["reasons"]:

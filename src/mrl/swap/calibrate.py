@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mrl.errors import ConfigError
+from mrl.precision import has_bf16
 from mrl.run import progress
 from mrl.swap.apply import Handle
 from mrl.swap.modes import evaluating
+from mrl.swap.neutral import collect_statistics, search_temperature
 
 STAGES = ("stats", "layers")
+STATS_IMAGES = 256
+TEMPERATURE_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class _Calibrator:
         self.handle, self.config, self.train, self.device = handle, config, train, device
         self.mixers = handle.mixers()
         self.held = held
-        bf16 = config.bf16 if config.bf16 is not None else _has_bf16(device)
+        bf16 = config.bf16 if config.bf16 is not None else has_bf16(device)
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def run(self, stage: str) -> StageReport:
@@ -256,14 +260,13 @@ class _Calibrator:
     @torch.no_grad()
     def _stats(self) -> int:
         """Running statistics of the norms from one pass on the student's activations, then a temperature a head."""
-        from mrl.swap.neutral import collect_statistics, search_temperature
+        def look() -> None:
+            with self.autocast():
+                for batch in self.train[:STATS_IMAGES].split(64):
+                    self.handle.model(batch.to(self.device))
 
-        batches = [b.to(self.device) for b in self.train.split(self.config.batch_size)]
-        collect_statistics(
-            list(self.mixers.values()),
-            lambda: [self.handle.model(b) for b in batches[: max(1, 512 // self.config.batch_size)]],
-        )
-        recorded = self._teacher(self.train[:64].to(self.device))
+        collect_statistics(list(self.mixers.values()), look)
+        recorded = self._teacher(self.train[:TEMPERATURE_IMAGES].to(self.device))
         for name, (x, y) in recorded.items():
             search_temperature(
                 self.mixers[name].mrl, lambda x=x, y=y, name=name: self._error(name, self.mixers[name](x), y)
@@ -343,11 +346,3 @@ class _Calibrator:
 
 def _normalised(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )

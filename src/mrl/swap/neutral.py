@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mrl.blocks.regions import RegionNorm
 from mrl.swap.core import RegionCore
 
-TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
+TEMPERATURES = (0.5, 0.7, 1.4, 2.0, 2.8)
 
 
 @torch.no_grad()
