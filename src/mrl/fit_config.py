@@ -43,7 +43,7 @@ class FitConfig:
         32
     """
 
-    epochs: float = 3.0
+    epochs: float = 2.0
     min_updates: int = 120
     batch_size: int = 32
     lr: float = 1e-5
@@ -51,7 +51,7 @@ class FitConfig:
     weight_decay: float = 0.05
     warmup: float = 0.1
     min_lr: float = 0.0
-    ema: float = 0.0
+    ema: float = 0.97
     clip: float = 1.0
     precision: str = "auto"
     class_balance: bool | None = None

@@ -138,12 +138,12 @@ class Augment:
         True
     """
 
-    crop_scale: float = 0.8
+    crop_scale: float = 0.9
     flip: float = 0.5
     vflip: float = 0.0
     quarter_turns: bool = False
     degrees: float = 0.0
-    contrast: float = 0.15
+    contrast: float = 0.1
     brightness: float = 0.05
     blur: float = 0.0
     noise: float = 0.0
@@ -196,7 +196,7 @@ def make_augment(level: Level = "light") -> Augment:
     """The augmentation of this level.
 
     Args:
-        level: "light" (mirror, crop of 80 to 100 % of the area, slight contrast and brightness) keeps what inspection
+        level: "light" (mirror, crop of 90 to 100 % of the area, slight contrast and brightness) keeps what inspection
             and medical images need: orientation and detail; "medium" adds upside down, quarter turns, small rotations
             and shifts, blur and noise; "none" changes nothing.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from mrl.swap.apply import Handle
 from mrl.swap.modes import evaluating
 from mrl.swap.neutral import collect_statistics, search_temperature
 
-STAGES = ("stats", "layers")
+STAGES = ("stats", "layers", "features")
 STATS_IMAGES = 256
 TEMPERATURE_IMAGES = 32
 
@@ -30,18 +30,20 @@ class CalibrateConfig:
 
     Args:
         epochs: passes of the stage `layers` over the images.
-        min_updates: updates of that stage however few images there are.
+        feature_epochs: passes of the stage `features`.
+        min_updates: updates of either stage however few images there are.
         batch_size: images an update.
         lr_new: learning rate of the new parameters.
         lr_inherited: learning rate of the inherited q, k, v and output projections.
         held_out: share of the images that measures every stage and trains none.
         max_images: images used at most.
-        augment: flip and (square images) rotate the images, teacher and student alike.
-        bf16: bfloat16 autocast of the stage `layers`; None is where the processor has it.
+        augment: mirror half of the batches, for teacher and student alike.
+        bf16: bfloat16 autocast; None is where the hardware has it.
         seed: order of the images and their flips.
     """
 
-    epochs: float = 2.0
+    epochs: float = 1.0
+    feature_epochs: float = 1.5
     min_updates: int = 60
     batch_size: int = 16
     lr_new: float = 3e-3
@@ -107,7 +109,7 @@ class CalibrationReport:
             "seconds": self.seconds,
             "n_images": self.n_images,
             "n_held_out": self.n_held_out,
-            "layers": self.stages[-1].error_after if self.stages else {},
+            "layers": next((s.error_after for s in reversed(self.stages) if s.stage == "layers"), {}),
             "restored": [],
             "config": asdict(self.config),
         }
@@ -124,12 +126,14 @@ def calibrate(
     `stats` sets the running statistics of the region norms (neutrally: the function does not change in eval) and searches
     one temperature a head. `layers` trains each mixer to give its teacher's output on the teacher's and, every second
     update, on the student's own activations: error = |ours - theirs|^2 / |theirs|^2, prefix rows and patch rows apart.
+    `features` trains all mixers together to give the teacher's final features: error = mean of ((ours - theirs) / spread)^2
+    with the teacher's spread of each feature, and the tokens of the last block beside it. Only the mixers change.
     Every stage is measured on held-out images; a layer that it did not improve keeps its old values.
 
     Args:
         handle: of `mrl.swap_`, with its originals.
         loader: batches of preprocessed images (B, 3, H, W): tensors, tuples that start with one, or {"image": tensor}.
-        stages: of "stats", "layers", in order.
+        stages: of "stats", "layers", "features", in order.
         config: budget and rates.
 
     Raises:
@@ -145,7 +149,7 @@ def calibrate(
         >>> handle = mrl.swap_(net, mrl.plan(net, region=2))
         >>> report = calibrate(handle, [torch.randn(8, 3, 32, 32)], config=CalibrateConfig(min_updates=2, batch_size=4))
         >>> [stage.stage for stage in report.stages]
-        ['stats', 'layers']
+        ['stats', 'layers', 'features']
     """
     config = config or CalibrateConfig()
     unknown = [s for s in stages if s not in STAGES]
@@ -195,16 +199,18 @@ class _Calibrator:
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def run(self, stage: str) -> StageReport:
-        """One stage, measured on the held-out images before and after; layers that lost keep their old values."""
+        """One stage, measured on the held-out images before and after; what lost keeps its old values."""
         start = time.monotonic()
-        before = self.errors()
+        measure = self.feature_error if stage == "features" else self.errors
+        before = measure()
         old = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in self.mixers.items()}
         updates = getattr(self, f"_{stage}")()
-        after = self.errors()
-        accepted = [n for n in self.mixers if after[n] <= before[n] or stage == "stats"]
-        for name in self.mixers.keys() - set(accepted):
+        after = measure()
+        accepted = [n for n in after if after[n] <= before[n] or stage == "stats"]
+        lost = self.mixers if stage == "features" and not accepted else self.mixers.keys() - set(accepted) if stage == "layers" else ()
+        for name in lost:
             self.mixers[name].load_state_dict(old[name])
-            after[name] = before[name]
+        after = {n: after[n] if n in accepted else before[n] for n in after}
         return StageReport(stage, updates, time.monotonic() - start, before, after, accepted)
 
     @torch.no_grad()
@@ -275,22 +281,29 @@ class _Calibrator:
 
     def _layers(self) -> int:
         """AdamW on every mixer at once; the layers do not see each other."""
-        config = self.config
-        n = len(self.train)
+        return self._train("layers", self.config.epochs, lambda images, update: self._match_layers(images, own=update % 2 == 1))
+
+    def _features(self) -> int:
+        """AdamW on all mixers through the whole network."""
+        self.spread = self._teacher_spread()
+        return self._train("features", self.config.feature_epochs, lambda images, update: self._match_features(images))
+
+    def _train(self, stage: str, epochs: float, step: Callable[[Tensor, int], float]) -> int:
+        config, n = self.config, len(self.train)
         per_epoch = max(1, n // config.batch_size)
-        updates = max(config.min_updates, round(config.epochs * per_epoch))
+        updates = max(config.min_updates, round(epochs * per_epoch))
         optimizer, flags = self._optimizer()
         warm = max(1, round(0.1 * updates))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda u: min((u + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * (u - warm) / (updates - warm + 1)))
         )
         generator = torch.Generator().manual_seed(config.seed)
-        order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates // per_epoch + 2)])
-        with progress("calibrating", updates) as advance:
+        order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates * config.batch_size // n + 1)])
+        with progress(f"calibrating {stage}", updates) as advance:
             for update in range(updates):
                 picked = order[update * config.batch_size :][: config.batch_size]
                 images = self._augmented(self.train[picked], generator).to(self.device)
-                loss = self._step(images, own=update % 2 == 1)
+                loss = step(images, update)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
@@ -313,7 +326,55 @@ class _Calibrator:
         ]
         return torch.optim.AdamW(groups, betas=(0.9, 0.95)), flags
 
-    def _step(self, images: Tensor, own: bool) -> float:
+    def _match_features(self, images: Tensor) -> float:
+        with torch.no_grad(), self.handle.disabled(), self._last_block() as theirs, self.autocast():
+            target = self._final(images)
+        with self._last_block() as ours, self.autocast():
+            found = self._final(images)
+        loss = self._feature_loss(found, target) + _normalised(ours[0].float(), theirs[0].float())
+        loss.backward()
+        return float(loss.detach())
+
+    def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return ((ours.float() - theirs.float()) / self.spread).square().mean()
+
+    def _final(self, images: Tensor) -> Tensor:
+        """The features that a head reads: (B, F), or the model's output where it shows none."""
+        model = self.handle.model
+        found = model.features(images) if hasattr(model, "features") and callable(model.features) else model(images)
+        return found.flatten(1)
+
+    @contextlib.contextmanager
+    def _last_block(self) -> Iterator[list[Tensor]]:
+        """The output of the block around the last mixer."""
+        block = self.handle.model.get_submodule(list(self.mixers)[-1].rpartition(".")[0])
+        seen: list[Tensor] = []
+        hook = block.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def _teacher_spread(self) -> Tensor:
+        """The standard deviation of each final feature of the teacher over the held-out images."""
+        with self.handle.disabled(), self.autocast():
+            found = torch.cat([self._final(chunk).float() for chunk in self.held.split(32)])
+        return found.std(0).clamp(min=1e-6 + 1e-3 * float(found.std()))
+
+    @torch.no_grad()
+    def feature_error(self) -> dict[str, float]:
+        """Held-out error of the final features, in units of the teacher's spread."""
+        self.spread = self._teacher_spread()
+        total = 0.0
+        for chunk in self.held.split(32):
+            with self.handle.disabled(), self.autocast():
+                target = self._final(chunk)
+            with self.autocast():
+                total += float(self._feature_loss(self._final(chunk), target)) * len(chunk)
+        return {"final features": total / len(self.held)}
+
+    def _match_layers(self, images: Tensor, own: bool) -> float:
         """Gradients of all layers on one batch: on the teacher's activations, or on the student's with the teacher's module."""
         pairs = self._teacher(images)
         inputs = self._student(images) if own else {}
@@ -337,11 +398,7 @@ class _Calibrator:
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if not self.config.augment:
             return images
-        turns, flip = torch.randint(4, (1,), generator=generator).item(), torch.rand((), generator=generator) < 0.5
-        if images.shape[-1] != images.shape[-2]:
-            turns -= turns % 2
-        images = torch.rot90(images, turns, (-2, -1))
-        return images.flip(-1) if flip else images
+        return images.flip(-1) if torch.rand((), generator=generator) < 0.5 else images
 
 
 def _normalised(ours: Tensor, theirs: Tensor) -> Tensor:
