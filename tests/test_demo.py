@@ -14,7 +14,9 @@ def report():
     return json.loads((RUN / "report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.json", "model.onnx", "protocol.yaml", "split.csv", "audit.json"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "report.json", "model.onnx", "protocol.yaml", "split.csv", "audit.json"]
+)
 def test_demo__leaves_its_files(name):
     assert (RUN / name).stat().st_size > 100
 
@@ -27,7 +29,9 @@ def test_demo__both_arms_reach_the_accuracy_that_these_weights_allow(report):
 
 def test_demo__the_decision_follows_from_the_verdicts(report):
     quality, cost = report["verdict"]["quality"], report["verdict"]["cost"]
-    go = (quality == "superior" and cost != "slower") or (quality in ("equivalent", "non-inferior") and cost == "faster")
+    go = (quality == "superior" and cost != "slower") or (
+        quality in ("equivalent", "non-inferior") and cost == "faster"
+    )
     no_go = quality == "inferior" or (cost == "slower" and quality != "superior")
     assert report["decision"] == ("go" if go else "no-go" if no_go else "inconclusive")
     assert report["exported_arm"] == ("mrl" if go else "baseline")

@@ -14,7 +14,16 @@ from PIL import Image
 
 from mrl.cli import main
 
-QUICK = ["--image-size", "32", "--min-updates", "8", "--epochs", "0.5", "--calibration.min-updates", "6", "--calibration.epochs", "0.1"]
+CALIBRATION = {"min-updates": "6", "epochs": "0.1", "feature-epochs": "0.1"}
+QUICK = [
+    "--image-size",
+    "32",
+    "--min-updates",
+    "30",
+    "--epochs",
+    "1",
+    *(w for k, v in CALIBRATION.items() for w in (f"--calibration.{k}", v)),
+]
 
 
 def draw(folder: Path, classes=("blank", "dot", "line"), n=16, seed=0) -> Path:
@@ -55,20 +64,40 @@ def numbers(out: Path) -> dict:
     kept = {k: report[k] for k in ("metric", "margin", "difference", "mde", "protocol_sha256")}
     kept["quality"] = report["verdict"]["quality"]
     for arm, values in report["arms"].items():
-        kept[arm] = {k: values[k] for k in ("estimate", "low", "high", "n", "metrics", "linear_probe", "gmacs", "params_m")}
+        kept[arm] = {
+            k: values[k] for k in ("estimate", "low", "high", "n", "metrics", "linear_probe", "gmacs", "params_m")
+        }
     return kept
 
 
 def test_poc__leaves_a_whole_run(finished):
     names = {p.name for p in finished.iterdir()}
-    assert names >= {"report.html", "report.json", "model.onnx", "model.parity.json", "protocol.yaml", "split.csv", "audit.json"}
+    assert names >= {
+        "report.html",
+        "report.json",
+        "model.onnx",
+        "model.parity.json",
+        "protocol.yaml",
+        "split.csv",
+        "audit.json",
+    }
     report = json.loads((finished / "report.json").read_text())
     assert report["decision"] in ("go", "no-go", "inconclusive")
     assert report["reasons"]
     assert set(report["verdict"]) == {"quality", "cost"}
     assert report["exported_arm"] == ("mrl" if report["decision"] == "go" else "baseline")
     for arm in ("baseline", "mrl"):
-        assert {"estimate", "low", "high", "n", "metrics", "linear_probe", "latency_ms_median", "gmacs", "params_m"} <= set(report["arms"][arm])
+        assert {
+            "estimate",
+            "low",
+            "high",
+            "n",
+            "metrics",
+            "linear_probe",
+            "latency_ms_median",
+            "gmacs",
+            "params_m",
+        } <= set(report["arms"][arm])
         assert {"accuracy", "balanced_accuracy"} <= set(report["arms"][arm]["metrics"])
     assert set(report["difference"]) >= {"estimate", "low", "high"}
     assert report["latency_ratio"]["low"] <= report["latency_ratio"]["estimate"] <= report["latency_ratio"]["high"]
@@ -128,7 +157,7 @@ def test_poc__killed_in_the_middle_of_an_arm_gives_the_same_numbers(finished, da
     first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     log = out / "arms" / "mrl" / "metrics.jsonl"
     end = time.monotonic() + 200
-    while time.monotonic() < end and not (log.is_file() and '"update": 3' in log.read_text()):
+    while time.monotonic() < end and not (log.is_file() and '"update": 17' in log.read_text()):
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -141,7 +170,9 @@ def test_poc__killed_in_the_middle_of_an_arm_gives_the_same_numbers(finished, da
 
 def test_poc__bad_files_are_all_named_or_skipped_and_reported(data, tmp_path, capsys):
     bad = shutil.copytree(data, tmp_path / "bad")
-    Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(bad / "dot" / "cut.jpg", quality=95)
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        bad / "dot" / "cut.jpg", quality=95
+    )
     whole = (bad / "dot" / "cut.jpg").read_bytes()
     (bad / "dot" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     shutil.copy(bad / "line" / "03.png", bad / "blank" / "copy.png")
@@ -231,7 +262,24 @@ def test_commands__plan_swap_models_and_audit_stand_alone(data, tmp_path, capsys
     shown = capsys.readouterr().out
     assert "blocks.0.attn" in shown
     assert "predicted time" in shown
-    assert main(["swap", "--model", "test_vit", "--image-size", "32", "--region", "2", "--swap", "cheap", "--out", str(tmp_path / "s")]) == 0
+    assert (
+        main(
+            [
+                "swap",
+                "--model",
+                "test_vit",
+                "--image-size",
+                "32",
+                "--region",
+                "2",
+                "--swap",
+                "cheap",
+                "--out",
+                str(tmp_path / "s"),
+            ]
+        )
+        == 0
+    )
     with pytest.raises(mrl.SwapError, match="already swapped"):
         mrl.plan(mrl.load(tmp_path / "s" / "swapped"))
     capsys.readouterr()

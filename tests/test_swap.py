@@ -332,6 +332,7 @@ def test_swap_config__wrong_values_are_named():
         SwapConfig(reduce="max")
     with pytest.raises(mrl.SwapError, match="group_size"):
         SwapConfig(group_size=0)
+    model = make("dinov2")
+    planned = mrl.plan(model, config=SwapConfig(group_size=7))
     with pytest.raises(mrl.SwapError, match="not a multiple"):
-        model = make("dinov2")
-        mrl.swap_(model, mrl.plan(model, config=SwapConfig(group_size=7)))
+        mrl.swap_(model, planned)

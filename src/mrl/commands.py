@@ -290,7 +290,11 @@ def predict(model: str, images: str, out: str, batch_size: int = 32, overwrite: 
 
 
 def report(
-    out: str, lang: Literal["en", "ja"] = "en", price_per_hour: float | None = None, overwrite: bool = False
+    out: str,
+    lang: Literal["en", "ja"] = "en",
+    price_per_hour: float | None = None,
+    currency: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Writes report.json and report.html, one self-contained page, from the files of the run.
 

@@ -182,10 +182,17 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
         audit = load_audit(space.out, request.data, request.test)
         changed = changed_files(audit)
         if changed:
-            raise DataError(f"{len(changed)} images changed since the audit, such as {changed[0]}; use a new --out, or put them back.")
+            raise DataError(
+                f"{len(changed)} images changed since the audit, such as {changed[0]}; use a new --out, or put them back."
+            )
     else:
         audit = audit_images(
-            request.data, space.out, test=request.test, on_bad=request.on_bad, bit_depth=request.bit_depth, overwrite=overwrite
+            request.data,
+            space.out,
+            test=request.test,
+            on_bad=request.on_bad,
+            bit_depth=request.bit_depth,
+            overwrite=overwrite,
         )
     rows = make_split(audit, preset=request.preset, seed=request.seed, group_near=request.group_near)
     protocol = make_protocol(request, audit, rows)

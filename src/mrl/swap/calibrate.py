@@ -207,7 +207,13 @@ class _Calibrator:
         updates = getattr(self, f"_{stage}")()
         after = measure()
         accepted = [n for n in after if after[n] <= before[n] or stage == "stats"]
-        lost = self.mixers if stage == "features" and not accepted else self.mixers.keys() - set(accepted) if stage == "layers" else ()
+        lost = (
+            self.mixers
+            if stage == "features" and not accepted
+            else self.mixers.keys() - set(accepted)
+            if stage == "layers"
+            else ()
+        )
         for name in lost:
             self.mixers[name].load_state_dict(old[name])
         after = {n: after[n] if n in accepted else before[n] for n in after}
@@ -266,6 +272,7 @@ class _Calibrator:
     @torch.no_grad()
     def _stats(self) -> int:
         """Running statistics of the norms from one pass on the student's activations, then a temperature a head."""
+
         def look() -> None:
             with self.autocast():
                 for batch in self.train[:STATS_IMAGES].split(64):
@@ -281,7 +288,9 @@ class _Calibrator:
 
     def _layers(self) -> int:
         """AdamW on every mixer at once; the layers do not see each other."""
-        return self._train("layers", self.config.epochs, lambda images, update: self._match_layers(images, own=update % 2 == 1))
+        return self._train(
+            "layers", self.config.epochs, lambda images, update: self._match_layers(images, own=update % 2 == 1)
+        )
 
     def _features(self) -> int:
         """AdamW on all mixers through the whole network."""
