@@ -17,7 +17,7 @@ from mrl.report import report
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.workspace import ARMS, Workspace
 
-PARITY_IMAGES = 512
+PARITY_IMAGES = 256
 
 
 def evaluate_step(space: Workspace, *, overwrite: bool = False) -> None:
