@@ -50,7 +50,7 @@ def _percent(score: dict[str, Any]) -> str:
     return f"{100 * score['estimate']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f}), n = {score['n']}"
 
 
-def measure_step(space: Workspace, *, overwrite: bool = False, time_budget_s: float = 90.0) -> dict[str, Any]:
+def measure_step(space: Workspace, *, overwrite: bool = False, time_budget_s: float = 45.0) -> dict[str, Any]:
     """Measures both fitted arms side by side; writes `measure.json`."""
     path = refuse_existing(space.file("measure.json"), overwrite)
     protocol = space.protocol
