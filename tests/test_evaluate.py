@@ -92,7 +92,7 @@ def test_write_predictions__arm_by_arm(tmp_path):
 def test_write_predictions__other_classes(tmp_path):
     write_predictions(tmp_path / "p.csv", [some("mrl")])
     other = dataclasses.replace(some("baseline"), classes=("a", "c"))
-    with pytest.raises(ConfigError, match=r"the classes a, b of mrl are not a, c"):
+    with pytest.raises(ConfigError, match=r"the classes a, c of baseline are not a, b; use a new --out"):
         write_predictions(tmp_path / "p.csv", [other])
 
 
