@@ -205,7 +205,7 @@ def test_poc__bad_files_are_all_named_or_skipped_and_reported(data, tmp_path, ca
         ({"--preset": "slow"}, "quick"),
         ({"--data": "EMPTY"}, "EMPTY"),
         ({"--data": "ONE_CLASS"}, "one class"),
-        ({"--data": "ONE_IMAGE"}, "1 image"),
+        ({"--data": "ONE_IMAGE"}, "b has 1"),
         ({"--out": "FULL"}, "is not a run"),
         ({"--out": "FILE"}, "is a file"),
         ({"--weights": "BROKEN"}, "BROKEN"),

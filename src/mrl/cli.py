@@ -114,12 +114,13 @@ def _dashes(parser: ArgumentParser) -> None:
 
 
 def _normalise(words: list[str]) -> list[str]:
-    """`--overwrite` alone means true, and lists may be written `--layers 1 2 -1` or `--layers 1,2`."""
+    """`--overwrite` alone means true, lists may be written `--layers 1 2 -1` or `--layers 1,2`, and `POSITIONAL` words need no flag."""
     function = COMMANDS.get(words[0])
     if function is None:
         return words
     switches = {"--" + p.name.replace("_", "-") for p in _parameters(function) if p.annotation in (bool, "bool")}
     switches |= {"--" + f.replace("_", "-") for f in _switch_fields(function)}
+    bare = list(POSITIONAL.get(words[0], ()))
     out: list[str] = []
     i = 0
     while i < len(words):
@@ -135,6 +136,11 @@ def _normalise(words: list[str]) -> list[str]:
                 i += 1
             single = flag == "--image-size" and len(numbers) == 1
             out += [f"{flag}={numbers[0] if single else '[' + ','.join(numbers) + ']'}"] if numbers else [flag]
+        elif word.startswith("--") and "=" not in word:
+            out += words[i : i + 2]
+            i += 1
+        elif i and bare and not word.startswith("-"):
+            out.append(f"--{bare.pop(0)}={word}")
         else:
             out.append(word)
         i += 1

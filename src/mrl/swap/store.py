@@ -131,7 +131,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ConfigError(f"{folder}: no {MODEL_FILE} there; give a folder that mrl.save wrote.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
+        # Copies, because a tensor inside a mapped file may not be aligned, and then the same weights can round differently.
+        tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS_FILE).items()}
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, FileNotFoundError) as error:
         raise ConfigError(f"{folder}: the saved model is damaged ({error}); save it again.") from error
     if document.get("schema", 0) > SCHEMA:
