@@ -25,7 +25,7 @@ test-demo: demo
 	$(BIN)/python -m pytest -m "demo" -q
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow" -q
 
 test-browser: setup
 	$(BIN)/python -m pytest -m "browser" -q

@@ -106,6 +106,7 @@ def test_calibrate__wrong_input_is_one_sentence(swapped, loader, stages, message
         mrl.calibrate(swapped()[1], loader, stages=stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field",
     [

@@ -370,7 +370,17 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     train = space.image_set("train", augment=config.augment, seed=protocol.seed)
     val = space.image_set("val")
     say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
-    fit(model, train, val, config, folder, seed=protocol.seed, arm=arm, metric=protocol.metric)
+    fit(
+        model,
+        train,
+        val,
+        config,
+        folder,
+        seed=protocol.seed,
+        arm=arm,
+        metric=protocol.metric,
+        meta={"protocol_sha256": protocol.sha256()},
+    )
     meta = {
         **space.stamp(),
         "arm": arm,
