@@ -64,14 +64,71 @@ def local_convolution(u, weight, bias):
     return out
 
 
+def turned(plane, element):
+    """An element of p4m on a plane (H, W): quarter turns, then the rows in reverse order."""
+    plane = np.rot90(plane, element % 4)
+    return plane[::-1] if element >= 4 else plane
+
+
+def group_elements():
+    """What the 8 elements do to a plane whose entries all differ, to find products by looking them up."""
+    probe = np.arange(9).reshape(3, 3)
+    return {turned(probe, s).tobytes(): s for s in range(8)}, probe
+
+
+def p4m_bank(weight):
+    """The 8 turned copies of filters `weight` (fields, 1, 8, k, k): (8 * fields, 8, k, k)."""
+    found, probe = group_elements()
+    bank = np.zeros((8 * len(weight), 8, *weight.shape[3:]))
+    for field in range(len(weight)):
+        for h in range(8):
+            for s in range(8):
+                moved = found[turned(turned(probe, s), h).tobytes()]  # what s becomes under h
+                bank[8 * field + h, moved] = turned(weight[field, 0, s], h)
+    return bank
+
+
+def common_basis(x, weights, cells, area, grid, reduce, training):
+    """q, k, v (B, regions, C) of `qkv="common"` and the statistics that its norms saw."""
+    batch, seen = x.shape[0], {}
+    reduced = np.zeros((batch, len(cells), x.shape[-1]))
+    for b in range(batch):
+        for r, cell in enumerate(cells):
+            if reduce == "mean":
+                reduced[b, r] = sum(x[b, i, j] for i, j, _, _ in cell) / len(cell)
+            else:
+                taps = weights["basis.conv.weight"]
+                reduced[b, r] = sum(x[b, i, j] * taps[:, 0, a, c] for i, j, a, c in cell) * area / len(cell)
+    normed, seen["basis.norm"] = batch_norm(reduced, weights, "basis.norm", training)
+    basis = linear(normed, weights, "basis.proj").reshape(batch, *grid, -1)
+    tokens, none = {}, np.zeros(x.shape[-1])
+    for name in "qkv":
+        views = np.stack([local_convolution(one, weights[f"basis.{name}_conv.weight"], none) for one in basis])
+        tokens[name], seen[f"basis.{name}_norm"] = batch_norm(views, weights, f"basis.{name}_norm", training)
+        tokens[name] = tokens[name].reshape(batch, len(cells), -1)
+    return tokens, seen
+
+
+def mix_locally(u, weights):
+    """The local convolution on (H, W, C), and the p4m convolution of each field where there is one."""
+    if "local.weight" in weights:
+        return local_convolution(u, weights["local.weight"], weights["local.bias"])
+    u = local_convolution(u, weights["local.conv.weight"], weights["local.conv.bias"])
+    return local_convolution(u, p4m_bank(weights["local.p4m.weight"]), np.repeat(weights["local.p4m.bias"], 8))
+
+
 def mixer(x, weights, *, num_heads, region, scale, local_gain=1.0, local_source="input", reduce="depthwise",
           prefix=None, training=False):  # fmt: skip
     """The mixer of block.md on `x` (B, H, W, C); returns (y, prefix out or None, {norm: (mean, variance)})."""
     batch, height, width, dim = x.shape
     cells = regions(height, width, region)
     area = region[0] * region[1]
-    tokens, seen, full_v = {}, {}, linear(x, weights, "v_proj")
-    for name in "qkv":
+    tokens, seen, common = {}, {}, "basis.proj.weight" in weights
+    if common:
+        grid = -(-height // region[0]), -(-width // region[1])
+        tokens, seen = common_basis(x, weights, cells, area, grid, reduce, training)
+    full_v = None if common else linear(x, weights, "v_proj")
+    for name in () if common else "qkv":
         reduced = np.zeros((batch, len(cells), dim))
         for b in range(batch):
             for r, cell in enumerate(cells):
@@ -97,7 +154,7 @@ def mixer(x, weights, *, num_heads, region, scale, local_gain=1.0, local_source=
         for r, cell in enumerate(cells):
             for i, j, _, _ in cell:
                 u[i, j] = u[i, j] + mixed[count + r]
-        y[b] = linear(local_convolution(u, weights["local.weight"], weights["local.bias"]), weights, "proj")
+        y[b] = linear(mix_locally(u, weights), weights, "proj")
         if count:
             prefix_out[b] = linear(mixed[:count], weights, "proj")
     return y, prefix_out, seen

@@ -138,6 +138,12 @@ VARIANTS = [
     {"reduce": "mean", "local_source": "value", "local_gain": 0.5},
     {"local_gain": 0.0},
     {"qkv_bias": False, "group_size": 4, "kernel_size": 5, "scale": 0.2},
+    {"local": "p4m", "group_size": 2},
+]
+COMMON = [
+    {"qkv": "common"},
+    {"qkv": "common", "qkv_bias": False, "reduce": "mean", "local_gain": 0.5},
+    {"qkv": "common", "local": "p4m", "group_size": 4},
 ]
 
 
@@ -148,8 +154,11 @@ def test_mixer__equals_reference(size, region, prefix, training):
     batch = 1 if size == (1, 3) else 2
     x = torch.randn(batch, *size, 8, dtype=torch.float64)
     tokens = torch.randn(batch, prefix, 8, dtype=torch.float64) if prefix else None
-    for variant in VARIANTS:
+    for variant, composed in [*((v, c) for v in VARIANTS for c in (False, True)), *((v, False) for v in COMMON)]:
+        if prefix and variant.get("qkv") == "common":
+            continue
         mixer = randomized(RegionalLocalMixer(8, 2, region, **variant).double()).train(training)
+        mixer._composes = lambda x, answer=composed: answer
         weights = {name: value.detach().clone().numpy() for name, value in mixer.state_dict().items()}
         told = {key: variant[key] for key in ("local_gain", "local_source", "reduce") if key in variant}
         y, prefix_out, seen = reference.mixer(
@@ -207,7 +216,7 @@ def test_mixer__mean_equals_average_initialised_depthwise(size):
 CHANGES = {
     "dim": 24, "num_heads": 2, "region_size": 3, "group_size": 2, "kernel_size": 5, "qkv_bias": False, "scale": 3.0,
     "local_gain": 0.5, "local_source": "value", "reduce": "mean", "attn_drop": 0.5, "proj_drop": 0.5,
-    "learn_local_gain": "channel", "dtype": torch.float64,
+    "learn_local_gain": "channel", "dtype": torch.float64, "qkv": "common", "local": "p4m",
 }  # fmt: skip
 
 
@@ -215,7 +224,7 @@ CHANGES = {
 def test_mixer__every_argument_changes_something(argument):
     def outcome(**kwargs):
         torch.manual_seed(3)
-        mixer = RegionalLocalMixer(**{"dim": 12, "num_heads": 3, "region_size": 2, **kwargs})
+        mixer = RegionalLocalMixer(**{"dim": 48, "num_heads": 3, "region_size": 2, **kwargs})
         shapes = {name: (tuple(value.shape), value.dtype) for name, value in mixer.state_dict().items()}
         randomized(mixer)
         torch.manual_seed(4)
@@ -230,9 +239,10 @@ def test_mixer__every_argument_changes_something(argument):
     [
         ({"dim": 30, "num_heads": 4}, r"30 is not a multiple of 4; use 1, 2, 3, 5, 6, 10, 15 or 30 heads\."),
         ({"region_size": 0}, "region_size=0"),
-        ({"qkv": "common"}, "not in this version"),
-        ({"local": "p4m"}, "not in this version"),
-        ({"qkv": "joint"}, "use 'separate'"),
+        ({"qkv": "common", "local_source": "value"}, "no full-resolution values; use local_source='input'"),
+        ({"local": "p4m"}, "12 channels are not fields of 8 orientations; use 16 channels"),
+        ({"local": "p4"}, "'conv' or 'p4m'"),
+        ({"qkv": "joint"}, "'separate' or 'common'"),
         ({"local_source": "output"}, "'input' or 'value'"),
         ({"reduce": "max"}, "'depthwise' or 'mean'"),
         ({"learn_local_gain": "yes"}, "None or 'scalar' or 'channel'"),
@@ -242,6 +252,20 @@ def test_mixer__every_argument_changes_something(argument):
 def test_mixer__refuses(kwargs, match):
     with pytest.raises(ConfigError, match=match):
         RegionalLocalMixer(**{"dim": 12, "num_heads": 3, "region_size": 2, **kwargs})
+
+
+def test_mixer__basis_drop_changes_training_only():
+    torch.manual_seed(0)
+    plain, dropping = (RegionalLocalMixer(12, 3, 2, qkv="common", basis_drop=p) for p in (0.0, 0.5))
+    dropping.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 6, 12)
+    assert torch.equal(plain.eval()(x), dropping.eval()(x))
+    assert not torch.allclose(plain.train()(x), dropping.train()(x))
+
+
+def test_mixer__common_basis_has_no_prefix():
+    with pytest.raises(ConfigError, match="prefix tokens are on no map"):
+        RegionalLocalMixer(12, 3, 2, qkv="common")(torch.randn(2, 4, 4, 12), torch.randn(2, 1, 12))
 
 
 def test_mixer__refuses_tokens():

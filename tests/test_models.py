@@ -14,7 +14,18 @@ PUBLISHED = [
     ("mrl_tiny", 224, 30_529_192, 4.682),
     ("mrl_small", 224, 52_713_832, 9.036),
     ("mrl_hovernet", 256, 34_092_712, 7.032),
+    ("mrl_13_common_qkv", 224, 17_137_448, 3.643),
+    ("mrl_hovernet_common_qkv", 256, 29_283_688, 5.613),
+    ("mrl_hovernet_common_qkv_p4m", 256, 29_330_992, 5.761),
 ]
+VARIANTS = {
+    "separate": {},
+    "common": {"qkv": "common"},
+    "common_p4m": {"qkv": "common", "local": "p4m"},
+    "mean": {"reduce": "mean"},
+    "value": {"local_source": "value", "learn_local_gain": "channel"},
+}
+every_variant = pytest.mark.parametrize("mixer_args", VARIANTS.values(), ids=VARIANTS)
 
 
 def gmacs(model, x):
@@ -45,6 +56,18 @@ def test_net__published_scale():
     assert scales == {dim: dim**-0.5 for dim in (96, 192, 384, 768)}
 
 
+@pytest.mark.parametrize("name", ["mrl_13", "mrl_21", "mrl_tiny", "mrl_small", "mrl_hovernet"])
+def test_net__common_variants_differ_in_the_mixer_only(name):
+    plain, common = (timm.create_model(name + end, device="meta") for end in ("", "_common_qkv"))
+    shapes = [{k: v.shape for k, v in m.state_dict().items() if ".mixer." not in k} for m in (plain, common)]
+    assert shapes[0] == shapes[1]
+    mixers = [[m for m in model.modules() if isinstance(m, RegionalLocalMixer)] for model in (plain, common)]
+    assert {m.qkv for m in mixers[1]} == {"common"}
+    for ours, theirs in zip(*mixers, strict=True):
+        assert (ours.region_size, ours.num_heads, ours.scale) == (theirs.region_size, theirs.num_heads, theirs.scale)
+        assert ours.local.weight.shape == theirs.local.weight.shape
+
+
 def test_net__initial_weights():
     model = timm.create_model("test_mrl")
     for name, parameter in model.named_parameters():
@@ -55,17 +78,19 @@ def test_net__initial_weights():
             assert parameter.abs().max() == 0
 
 
+@every_variant
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 8)])
-def test_net__any_image_size_and_channels(size):
-    model = timm.create_model("test_mrl", in_chans=1, num_classes=3)
+def test_net__any_image_size_and_channels(size, mixer_args):
+    model = timm.create_model("test_mrl", in_chans=1, num_classes=3, mixer_args=mixer_args)
     x = torch.randn(2, 1, *size)
     model(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert model.eval()(x).shape == (2, 3)
 
 
-def test_net__features_and_head():
-    model = timm.create_model("test_mrl", num_classes=3).eval()
+@every_variant
+def test_net__features_and_head(mixer_args):
+    model = timm.create_model("test_mrl", num_classes=3, mixer_args=mixer_args).eval()
     x = torch.randn(2, 3, 32, 32)
     features = model.forward_features(x)
     assert features.shape == (2, 32, 4, 4)
@@ -83,8 +108,9 @@ def test_net__features_and_head():
     torch.testing.assert_close(model(x), features)
 
 
-def test_net__intermediates():
-    model = timm.create_model("test_mrl").eval()
+@every_variant
+def test_net__intermediates(mixer_args):
+    model = timm.create_model("test_mrl", mixer_args=mixer_args).eval()
     x = torch.randn(2, 3, 32, 32)
     final, maps = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
@@ -95,10 +121,8 @@ def test_net__intermediates():
     torch.testing.assert_close(first[0], maps[0])
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(x, output_fmt="NLC")
-    only = timm.create_model("test_mrl", features_only=True).eval()
-    only.load_state_dict(
-        {k.replace("stages.", "stages_"): v for k, v in model.stages.state_dict(prefix="stages.").items()}
-    )
+    only = timm.create_model("test_mrl", features_only=True, mixer_args=mixer_args).eval()
+    only.model.load_state_dict(model.stages.state_dict(prefix="stages."))
     for ours, expected in zip(only(x), maps, strict=True):
         torch.testing.assert_close(ours, expected)
     assert only.feature_info.channels() == [16, 32]
@@ -107,8 +131,9 @@ def test_net__intermediates():
     torch.testing.assert_close(model(x), maps[0])
 
 
-def test_net__gradient_checkpointing_changes_nothing():
-    model = timm.create_model("test_mrl", drop_path_rate=0.0).train()
+@every_variant
+def test_net__gradient_checkpointing_changes_nothing(mixer_args):
+    model = timm.create_model("test_mrl", drop_path_rate=0.0, mixer_args=mixer_args).train()
     x = torch.randn(2, 3, 32, 32)
     gradients = []
     for enable in (False, True):
@@ -117,6 +142,34 @@ def test_net__gradient_checkpointing_changes_nothing():
         model(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+@every_variant
+def test_net__folds(mixer_args):
+    warmed = timm.create_model("test_mrl", mixer_args=mixer_args).train()
+    for _ in range(3):
+        warmed(torch.randn(4, 3, 32, 32))
+    x = torch.randn(2, 3, 45, 30)
+    y = warmed.eval()(x)
+    folded = warmed.fold_()
+    assert folded is warmed
+    torch.testing.assert_close(folded(x), y, atol=1e-6, rtol=1e-5)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    with pytest.raises(ConfigError, match="folded already"):
+        folded.fold_()
+
+
+@pytest.mark.parametrize("name", ["mrl_13", "mrl_hovernet_common_qkv_p4m"])
+def test_net__timm_configuration(name):
+    model = timm.create_model(name, num_classes=0, features_only=True, out_indices=(0, 2), device="meta")
+    assert model.feature_info.channels() == ([64, 384] if name == "mrl_13" else [96, 384])
+    assert model.feature_info.reduction() == [4, 16]
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    whole = timm.create_model(name, device="meta")
+    stem, head = whole.get_submodule(cfg["first_conv"]), whole.get_submodule(cfg["classifier"])
+    assert (stem.in_channels, head.out_features) == (3, cfg["num_classes"])
+    size = cfg["input_size"][-1]
+    assert tuple(whole.forward_features(torch.empty(1, 3, size, size, device="meta")).shape[2:]) == cfg["pool_size"]
 
 
 def test_net__groups_run_from_input_to_head():
@@ -144,18 +197,28 @@ def original(model):
     renamed = {}
     for key, value in model.state_dict().items():
         key = key.replace("stages.", "stage", 1).replace(".mixer.", ".attn.").replace("head.fc.", "head.")
-        for n in "qkv":
-            key = key.replace(f"{n}_proj.", f"proj_{n}.").replace(f"{n}_conv.", f"conv_proj_{n}.conv.")
-            key = key.replace(f"{n}_norm.", f"conv_proj_{n}.bn.")
+        head, common, rest = key.rpartition("basis.")
+        if common and rest[0] in "qkv":
+            key = head + "regional_atten.conv_proj_" + rest.replace("_conv", ".conv").replace("_norm", ".bn")
+        elif common:
+            renames = {"conv": "conv", "norm": "bn", "proj": "linear_indim"}
+            part, last = rest.split(".")
+            key = f"{head}basis_set_regional.{renames[part]}.{last}"
+            value = value[:, :, None, None] if (part, last) == ("proj", "weight") else value
+        else:
+            for n in "qkv":
+                key = key.replace(f"{n}_proj.", f"proj_{n}.").replace(f"{n}_conv.", f"conv_proj_{n}.conv.")
+                key = key.replace(f"{n}_norm.", f"conv_proj_{n}.bn.")
         renamed[key.replace("local.", "mix_locally.")] = value
     return renamed
 
 
 @pytest.mark.parametrize("wrapper", ["", "module."])
 @pytest.mark.parametrize("num_classes", [0, 4])
-def test_convert_original__any_network(wrapper, num_classes):
+@pytest.mark.parametrize("qkv", ["separate", "common"])
+def test_convert_original__any_network(wrapper, num_classes, qkv):
     spec = {"embed_dims": (8, 8, 16, 16, 32), "depths": (1, 11, 1, 1, 2), "num_heads": (1, 2, 2, 4, 4)}
-    model = MRLNet(**spec, region_size=(8, 4, 3, 2, 1), num_classes=num_classes)
+    model = MRLNet(**spec, region_size=(8, 4, 3, 2, 1), num_classes=num_classes, mixer_args={"qkv": qkv})
     theirs = {wrapper + key: value for key, value in original(model).items()}
     ours = convert_original(theirs)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -163,12 +226,16 @@ def test_convert_original__any_network(wrapper, num_classes):
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_convert_original__any_mixer(qkv_bias):
-    mixer = RegionalLocalMixer(8, 2, 3, qkv_bias=qkv_bias)
+@pytest.mark.parametrize(
+    ("qkv", "bias"), [("separate", "proj_q.bias"), ("common", "basis_set_regional.linear_indim.bias")]
+)
+def test_convert_original__any_mixer(qkv_bias, qkv, bias):
+    mixer, other = (RegionalLocalMixer(8, 2, 3, qkv_bias=qkv_bias, qkv=qkv) for _ in range(2))
     theirs = original(mixer)
-    assert ("proj_q.bias" in theirs) == qkv_bias
+    assert (bias in theirs) == qkv_bias
     theirs = {k: v.reshape(1) if k.endswith("num_batches_tracked") else v for k, v in theirs.items()}
-    RegionalLocalMixer(8, 2, 3, qkv_bias=qkv_bias).load_state_dict(convert_original(theirs))
+    other.load_state_dict(convert_original(theirs))
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in mixer.state_dict().items())
 
 
 def test_convert_original__refuses_what_it_does_not_know():
@@ -180,5 +247,8 @@ def test_convert_original__refuses_what_it_does_not_know():
 
 
 def test_models__are_registered_once():
-    assert {name for name, *_ in PUBLISHED} | {"test_mrl"} == set(timm.list_models(module="net"))
+    five = {"mrl_13", "mrl_21", "mrl_tiny", "mrl_small", "mrl_hovernet"}
+    ours = five | {f"{name}_common_qkv" for name in five} | {"mrl_hovernet_common_qkv_p4m", "test_mrl"}
+    assert set(timm.list_models(module="net")) == ours
+    assert {name for name, *_ in PUBLISHED} < ours
     assert mrl.models.MRLNet is MRLNet

@@ -139,6 +139,35 @@ def broadcast_regions(tokens: Tensor, height: int, width: int, region: Region) -
     return full if full.shape[1:3] == (height, width) else full[:, :height, :width]
 
 
+def add_regions(source: Tensor, tokens: Tensor, region: Region, gain: float | Tensor = 1.0) -> Tensor:
+    """Adds each region's token to its positions, gain * source + broadcast(tokens), without a broadcast map where they divide it.
+
+    Args:
+        source: the full-resolution map.
+        tokens: one token a region.
+        region: (rows, cols).
+        gain: a number, or a tensor () or (C,).
+
+    Shape:
+        source: (B, H, W, C); tokens: (B, Hr, Wr, C); returns (B, H, W, C)
+
+    Example:
+        >>> source, tokens = torch.ones(1, 1, 4, 1), torch.tensor([2.0, 3.0]).view(1, 1, 2, 1)
+        >>> add_regions(source, tokens, (1, 2), 0.5).flatten().tolist()
+        [2.5, 2.5, 3.5, 3.5]
+    """
+    _, height, width, dim = source.shape
+    rows, cols = region
+    if region == (1, 1) or height % rows or width % cols:
+        return _axpy(broadcast_regions(tokens, height, width, region), source, gain)
+    cells = source.reshape(-1, height // rows, rows, width // cols, cols, dim)  # (B, Hr, rows, Wr, cols, C)
+    return _axpy(tokens[:, :, None, :, None], cells, gain).reshape(source.shape)
+
+
+def _axpy(y: Tensor, x: Tensor, gain: float | Tensor) -> Tensor:
+    return gain * x + y if isinstance(gain, Tensor) else torch.add(y, x, alpha=gain)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -281,11 +310,12 @@ class LocalConv(nn.Conv2d):
         kernel_size: odd; the padding is kernel_size // 2, so the map keeps its size.
         group_size: channels that are mixed together; 1 is depthwise, `dim` is dense.
         bias: whether it has one.
+        stride: 1 keeps the map's size; s leaves every s-th position.
         device: where the weights live.
         dtype: of the weights.
 
     Shape:
-        (B, H, W, C) -> (B, H, W, C)
+        (B, H, W, C) -> (B, H, W, C), or (B, ceil(H / stride), ceil(W / stride), C)
 
     Raises:
         ConfigError: an even kernel, or a group size that does not divide the channels.
@@ -303,6 +333,7 @@ class LocalConv(nn.Conv2d):
         group_size: int = 1,
         *,
         bias: bool = True,
+        stride: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -313,7 +344,7 @@ class LocalConv(nn.Conv2d):
                 f"LocalConv(dim={dim}, group_size={group_size}): {dim} is not a multiple of {group_size}; "
                 f"use {divisors(dim)}."
             )
-        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"stride": stride, "bias": bias, "device": device, "dtype": dtype}
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim // group_size, **options)
 
     @torch.no_grad()

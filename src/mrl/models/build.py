@@ -26,7 +26,8 @@ from mrl.run import say
 MODEL_LOADERS: dict[str, Callable[[Path], nn.Module]] = {}
 """What reads a folder of `mrl.save`, under "folder"; `mrl.swap` puts its `load` here when it is imported."""
 
-OURS = ("mrl_13", "mrl_21", "mrl_tiny", "mrl_small", "mrl_hovernet", "test_mrl")
+PUBLISHED = ("mrl_13", "mrl_21", "mrl_tiny", "mrl_small", "mrl_hovernet")
+OURS = (*PUBLISHED, *(f"{name}_common_qkv" for name in PUBLISHED), "mrl_hovernet_common_qkv_p4m", "test_mrl")
 
 
 def build_model(
@@ -118,8 +119,8 @@ def model_names(pattern: str = "*") -> list[str]:
         pattern: a wildcard.
 
     Example:
-        >>> model_names("mrl_*")
-        ['mrl_13', 'mrl_21', 'mrl_tiny', 'mrl_small', 'mrl_hovernet']
+        >>> model_names("mrl_*3*")
+        ['mrl_13', 'mrl_13_common_qkv']
     """
     found = timm.list_models(pattern)
     return [*(name for name in OURS if name in found), *(name for name in found if name not in OURS)]

@@ -11,16 +11,18 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mrl.blocks import RegionalLocalMixer
+from mrl.blocks import RegionalLocalMixer, fold_
 
 __all__ = ["MRLNet"]
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last axis, eps 1e-5, computed in at least float32."""
+    """LayerNorm over the last axis, eps 1e-5, computed in at least float32 (torch's kernels do so for 16-bit inputs)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the channels."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return nn.functional.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
@@ -36,7 +38,8 @@ class OverlapEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embeds an image or a map."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H', W', C')
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))  # (B, C', H', W')
+        return self.norm(x.permute(0, 2, 3, 1))  # (B, H', W', C')
 
 
 class Block(nn.Module):
@@ -50,11 +53,13 @@ class Block(nn.Module):
         group_size: int,
         mlp_ratio: float,
         drop_path: float,
+        mixer_args: dict[str, Any],
         **options: Any,
     ) -> None:
         super().__init__()
+        mixer_args = {"scale": dim**-0.5, **mixer_args}
         self.norm1 = LayerNorm(dim, **options)
-        self.mixer = RegionalLocalMixer(dim, num_heads, region_size, group_size, scale=dim**-0.5, **options)
+        self.mixer = RegionalLocalMixer(dim, num_heads, region_size, group_size, **mixer_args, **options)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **options)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=QuickGELU, **options)
@@ -64,6 +69,15 @@ class Block(nn.Module):
         """Mixes positions, then channels."""
         x = x + self.drop_path1(self.mixer(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    @torch.no_grad()
+    def fold_activation_(self) -> None:
+        """Rewrites x * sigmoid(1.702 x) as silu(1.702 x) / 1.702: one pass, the factors inside the layers."""
+        if isinstance(self.mlp.act, QuickGELU):
+            self.mlp.fc1.weight.mul_(1.702)
+            self.mlp.fc1.bias.mul_(1.702)
+            self.mlp.fc2.weight.div_(1.702)
+            self.mlp.act = nn.SiLU(inplace=True)
 
 
 class Stage(nn.Module):
@@ -97,6 +111,8 @@ class MRLNet(nn.Module):
         global_pool: "avg", or "" for the map.
         drop_rate: dropout in front of the head.
         drop_path_rate: stochastic depth at the end of each stage (one for all or one each), linear from 0 inside it.
+        mixer_args: further arguments of every `RegionalLocalMixer`, such as `{"qkv": "common"}`; its `scale` is the
+            published `dim ** -0.5` unless it stands here.
         **options: `device` and `dtype` of the parameters.
 
     Shape:
@@ -124,6 +140,7 @@ class MRLNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float | tuple[float, ...] = 0.0,
+        mixer_args: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -134,7 +151,7 @@ class MRLNet(nn.Module):
         for i, (dim, heads_region_group) in enumerate(zip(embed_dims, settings, strict=True)):
             kernel = (7, 4, 2) if i == 0 else (3, 2, 1)
             rates = torch.linspace(0, each(drop_path_rate)[i], depths[i], device="cpu").tolist()
-            blocks = [Block(dim, *heads_region_group, mlp_ratio, rate, **options) for rate in rates]
+            blocks = [Block(dim, *heads_region_group, mlp_ratio, rate, mixer_args or {}, **options) for rate in rates]
             stages.append(Stage(OverlapEmbed(previous, dim, *kernel, **options), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
             previous = dim
@@ -164,6 +181,30 @@ class MRLNet(nn.Module):
         """Trades compute for memory in training."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    def fold_(self, rank: int | None = None, *, batch: Tensor | None = None, tolerance: float = 1e-2) -> MRLNet:
+        """Turns the network into its inference form, in place; the same function up to rounding, unless `rank` cuts it.
+
+        Args:
+            rank: of the depthwise reductions, see `RegionalLocalMixer.fold_`; None is exact.
+            batch: images (B, in_chans, H, W) on which a cut is checked.
+            tolerance: the largest relative L2 error of a mixer's output on the batch.
+
+        Raises:
+            ConfigError: it is folded already, or an error above the tolerance; the network is as it was then.
+
+        Example:
+            >>> net = MRLNet((16, 32), (1, 1), (1, 2), num_classes=3).eval()
+            >>> x = torch.randn(2, 3, 40, 32)
+            >>> y = net(x)
+            >>> torch.allclose(net.fold_()(x), y, atol=1e-5)
+            True
+        """
+        fold_(self, rank, batch=batch, tolerance=tolerance)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.fold_activation_()
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -272,6 +313,12 @@ default_cfgs = generate_default_cfgs(
         "mrl_tiny": _cfg(),
         "mrl_small": _cfg(),
         "mrl_hovernet": _cfg(input_size=(3, 256, 256), pool_size=(8, 8)),
+        "mrl_13_common_qkv": _cfg(pool_size=(14, 14)),
+        "mrl_21_common_qkv": _cfg(pool_size=(14, 14)),
+        "mrl_tiny_common_qkv": _cfg(),
+        "mrl_small_common_qkv": _cfg(),
+        "mrl_hovernet_common_qkv": _cfg(input_size=(3, 256, 256), pool_size=(8, 8)),
+        "mrl_hovernet_common_qkv_p4m": _cfg(input_size=(3, 256, 256), pool_size=(8, 8)),
         "test_mrl": _cfg(input_size=(3, 32, 32), pool_size=(4, 4)),
     }
 )
@@ -280,48 +327,106 @@ PYRAMID = (96, 192, 384, 768)
 
 
 def _create_mrl(variant: str, pretrained: bool, kwargs: dict[str, Any], **spec: Any) -> MRLNet:
-    feature_cfg = {"out_indices": tuple(range(len(spec["depths"]))), "flatten_sequential": True}
-    return build_model_with_cfg(MRLNet, variant, pretrained, feature_cfg=feature_cfg, **{**spec, **kwargs})
+    settings = {**spec, **kwargs}
+    feature_cfg = {"out_indices": tuple(range(len(settings["depths"]))), "feature_cls": "getter"}
+    return build_model_with_cfg(MRLNet, variant, pretrained, feature_cfg=feature_cfg, **settings)
+
+
+def _mrl_13(variant: str, pretrained: bool, kwargs: dict[str, Any], **mixer_args: Any) -> MRLNet:
+    spec = {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
+    regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
+    return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
+
+
+def _mrl_21(variant: str, pretrained: bool, kwargs: dict[str, Any], **mixer_args: Any) -> MRLNet:
+    spec = {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
+    regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
+    return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
+
+
+def _mrl_pyramid(
+    variant: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    depth: int,
+    num_heads: tuple[int, ...],
+    group_size: tuple[int, ...],
+    **mixer_args: Any,
+) -> MRLNet:
+    spec = {"embed_dims": PYRAMID, "depths": (2, 2, depth, 2), "num_heads": num_heads, "group_size": group_size}
+    regional = {"region_size": (4, 4, 2, 1), "drop_path_rate": (0.0, 0.0, 0.1, 0.1)}
+    return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
+
+
+TINY = (6, (3, 6, 12, 24), (1, 2, 8, 4))
+SMALL = (18, (1, 2, 4, 8), (2, 2, 16, 2))
+HOVERNET = (8, (1, 2, 4, 8), (1, 2, 4, 8))
 
 
 @register_model
 def mrl_13(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-13: 20.2 M parameters, 4.64 GMACs at 224 x 224."""
-    spec = {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
-    regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
-    return _create_mrl("mrl_13", pretrained, kwargs, **spec, **regional)
+    return _mrl_13("mrl_13", pretrained, kwargs)
+
+
+@register_model
+def mrl_13_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """MRL-13 with a common basis for q, k and v: 17.1 M parameters, 3.64 GMACs at 224 x 224."""
+    return _mrl_13("mrl_13_common_qkv", pretrained, kwargs, qkv="common")
 
 
 @register_model
 def mrl_21(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-21: 31.9 M parameters, 7.46 GMACs at 224 x 224."""
-    spec = {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
-    regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
-    return _create_mrl("mrl_21", pretrained, kwargs, **spec, **regional)
+    return _mrl_21("mrl_21", pretrained, kwargs)
+
+
+@register_model
+def mrl_21_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """MRL-21 with a common basis for q, k and v."""
+    return _mrl_21("mrl_21_common_qkv", pretrained, kwargs, qkv="common")
 
 
 @register_model
 def mrl_tiny(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-tiny: 30.5 M parameters, 4.68 GMACs at 224 x 224."""
-    spec = {"embed_dims": PYRAMID, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "group_size": (1, 2, 8, 4)}
-    regional = {"region_size": (4, 4, 2, 1), "drop_path_rate": (0.0, 0.0, 0.1, 0.1)}
-    return _create_mrl("mrl_tiny", pretrained, kwargs, **spec, **regional)
+    return _mrl_pyramid("mrl_tiny", pretrained, kwargs, *TINY)
+
+
+@register_model
+def mrl_tiny_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """MRL-tiny with a common basis for q, k and v."""
+    return _mrl_pyramid("mrl_tiny_common_qkv", pretrained, kwargs, *TINY, qkv="common")
 
 
 @register_model
 def mrl_small(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-small: 52.7 M parameters, 9.04 GMACs at 224 x 224."""
-    spec = {"embed_dims": PYRAMID, "depths": (2, 2, 18, 2), "num_heads": (1, 2, 4, 8), "group_size": (2, 2, 16, 2)}
-    regional = {"region_size": (4, 4, 2, 1), "drop_path_rate": (0.0, 0.0, 0.1, 0.1)}
-    return _create_mrl("mrl_small", pretrained, kwargs, **spec, **regional)
+    return _mrl_pyramid("mrl_small", pretrained, kwargs, *SMALL)
+
+
+@register_model
+def mrl_small_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """MRL-small with a common basis for q, k and v."""
+    return _mrl_pyramid("mrl_small_common_qkv", pretrained, kwargs, *SMALL, qkv="common")
 
 
 @register_model
 def mrl_hovernet(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """The encoder of HoVer-Net with MRL: 34.1 M parameters, 7.03 GMACs at 256 x 256."""
-    spec = {"embed_dims": PYRAMID, "depths": (2, 2, 8, 2), "num_heads": (1, 2, 4, 8), "group_size": (1, 2, 4, 8)}
-    regional = {"region_size": (4, 4, 2, 1), "drop_path_rate": (0.0, 0.0, 0.1, 0.1)}
-    return _create_mrl("mrl_hovernet", pretrained, kwargs, **spec, **regional)
+    return _mrl_pyramid("mrl_hovernet", pretrained, kwargs, *HOVERNET)
+
+
+@register_model
+def mrl_hovernet_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """The encoder of HoVer-Net with MRL and a common basis: 29.3 M parameters, 5.61 GMACs at 256 x 256."""
+    return _mrl_pyramid("mrl_hovernet_common_qkv", pretrained, kwargs, *HOVERNET, qkv="common")
+
+
+@register_model
+def mrl_hovernet_common_qkv_p4m(pretrained: bool = False, **kwargs: Any) -> MRLNet:
+    """The encoder of HoVer-Net with MRL, a common basis and group convolutions: 29.3 M parameters."""
+    return _mrl_pyramid("mrl_hovernet_common_qkv_p4m", pretrained, kwargs, *HOVERNET, qkv="common", local="p4m")
 
 
 @register_model

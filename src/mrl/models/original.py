@@ -10,12 +10,30 @@ from torch import Tensor
 from mrl.errors import ConfigError
 
 AFFINE = r"(weight|bias)"
-MIXER = {
+STATISTICS = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+SHARED = {rf"mix_locally\.{AFFINE}": r"local.\1", rf"proj\.{AFFINE}": r"proj.\1"}
+SEPARATE = {
     rf"proj_([qkv])\.{AFFINE}": r"\1_proj.\2",
     r"conv_proj_([qkv])\.conv\.weight": r"\1_conv.weight",
-    r"conv_proj_([qkv])\.bn\.(weight|bias|running_mean|running_var|num_batches_tracked)": r"\1_norm.\2",
-    rf"mix_locally\.{AFFINE}": r"local.\1",
-    rf"proj\.{AFFINE}": r"proj.\1",
+    rf"conv_proj_([qkv])\.bn\.{STATISTICS}": r"\1_norm.\2",
+}
+
+
+def _common(basis: str, views: str) -> dict[str, str]:
+    """The names of a common basis, under `basis`, and of its three views, under `views`."""
+    return {
+        rf"{basis}\.conv\.weight": r"basis.conv.weight",
+        rf"{basis}\.bn\.{STATISTICS}": r"basis.norm.\1",
+        rf"{basis}\.linear_indim\.{AFFINE}": r"basis.proj.\1",
+        rf"{views}conv_proj_([qkv])\.conv\.weight": r"basis.\1_conv.weight",
+        rf"{views}conv_proj_([qkv])\.bn\.{STATISTICS}": r"basis.\1_norm.\2",
+    }
+
+
+VARIANTS = {  # by the part of a name that gives the variant away; the first that is found
+    "basis_set_regional": {**_common("basis_set_regional", r"regional_atten\."), **SHARED},
+    "basis_qkv": {**_common("basis_qkv", ""), **SHARED},
+    "": {**SEPARATE, **SHARED},
 }
 NETWORK = {
     rf"stage(\d+)\.patch_embed\.(proj|norm)\.{AFFINE}": r"stages.\1.patch_embed.\2.\3",
@@ -24,19 +42,20 @@ NETWORK = {
     rf"head\.{AFFINE}": r"head.fc.\1",
 }
 MIXER_OF_BLOCK = re.compile(r"stage(\d+)\.blocks\.(\d+)\.attn\.(.+)")
-LATER = {"basis_set_regional": "MRL with CommonQKV", "basis_qkv": "CommonQKV"}
 
 
 def convert_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a network or of a single mixer, from the authors' names to ours, for a strict load.
 
-    The tensors are the same objects, apart from BatchNorm's counter, which becomes a scalar as torch has it.
+    The variant is recognised from the names: `basis_set_regional` is MRL with a common basis (`qkv="common"`),
+    `basis_qkv` is `CommonQKVAttention`, neither is MRL. The tensors are the same objects, apart from BatchNorm's
+    counter, which becomes a scalar as torch has it, and a basis' 1 x 1 convolution, which becomes a linear layer.
 
     Args:
         state_dict: the authors' names; a `module.` in front of every one (from data-parallel training) is fine.
 
     Raises:
-        ConfigError: a variant that is not in this version, or names that are not the authors'.
+        ConfigError: names that are not the authors'.
 
     Example:
         >>> import torch
@@ -49,18 +68,21 @@ def convert_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ConfigError("convert_original: the state dict is empty; give the weights of a network or of a mixer.")
     prefix = "module." if all(key.startswith("module.") for key in state_dict) else ""
     names = {key: key.removeprefix(prefix) for key in state_dict}
-    for mark, variant in LATER.items():
-        if any(mark in name.split(".") for name in names.values()):
-            raise ConfigError(f"convert_original: these are weights of {variant}, which is not in this version.")
-    single = any(_renamed(name, MIXER) for name in names.values())
+    found = {part for name in names.values() for part in name.split(".")}
+    mixer = next(table for mark, table in VARIANTS.items() if not mark or mark in found)
+    single = any(_renamed(name, mixer) for name in names.values())
     converted, unknown = {}, []
     for key, name in names.items():
-        ours = _renamed(name, MIXER) if single else _network_name(name)
+        ours = _renamed(name, mixer) if single else _network_name(name, mixer)
         if ours is None:
             unknown.append(name)
             continue
         value = state_dict[key]
-        converted[ours] = value.reshape(()) if ours.endswith("num_batches_tracked") else value
+        if ours.endswith("num_batches_tracked"):
+            value = value.reshape(())
+        elif ours.endswith("basis.proj.weight"):
+            value = value.flatten(1)
+        converted[ours] = value
     if unknown:
         raise ConfigError(
             f"convert_original: {len(unknown)} of {len(names)} names are not those of an original MRL checkpoint: "
@@ -69,12 +91,12 @@ def convert_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _network_name(name: str) -> str | None:
+def _network_name(name: str, mixer: Mapping[str, str]) -> str | None:
     inside = MIXER_OF_BLOCK.fullmatch(name)
     if inside is None:
         return _renamed(name, NETWORK)
     stage, block, rest = inside.groups()
-    ours = _renamed(rest, MIXER)
+    ours = _renamed(rest, mixer)
     return ours and f"stages.{stage}.blocks.{block}.mixer.{ours}"
 
 
