@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mrl-setup
 
-.PHONY: setup demo test test-demo test-slow test-browser lint format constraints
+.PHONY: setup demo test test-demo test-slow test-browser bench lint format constraints
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test-slow: setup
 
 test-browser: setup
 	$(BIN)/python -m pytest -m "browser" -q
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from torch import nn
 
 import reference
 from mrl.blocks import (
+    CommonQKVAttention,
     LocalConv,
     RegionalLocalMixer,
     RegionConv,
@@ -348,3 +349,58 @@ def test_mixer__keeps_maps_contiguous():
     x = torch.randn(2, 8, 8, 16)
     for variant, training in itertools.product(({}, {"reduce": "mean"}), (False, True)):
         assert RegionalLocalMixer(16, 2, 2, **variant).train(training)(x).is_contiguous()
+
+
+# Attention with a common basis and no regions
+
+COMMON_CHANGES = {
+    "dim": 24, "num_heads": 2, "kv_stride": 2, "qkv_bias": False, "scale": 3.0, "basis_drop": 0.5, "attn_drop": 0.5,
+    "proj_drop": 0.5, "dtype": torch.float64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", COMMON_CHANGES)
+def test_common_attention__every_argument_changes_something(argument):
+    def outcome(**kwargs):
+        attention = CommonQKVAttention(**{"dim": 12, "num_heads": 3, **kwargs})
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in attention.state_dict().items()}
+        randomized(attention)
+        torch.manual_seed(4)
+        return shapes, attention(torch.randn(2, 5, 6, attention.dim, dtype=attention.proj.weight.dtype))
+
+    (shapes, y), (changed_shapes, changed_y) = outcome(), outcome(**{argument: COMMON_CHANGES[argument]})
+    assert shapes != changed_shapes or not torch.allclose(y, changed_y)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 8), (7, 5)])
+@pytest.mark.parametrize("kv_stride", [1, 2, 3])
+def test_common_attention__equals_torch_modules(size, kv_stride):
+    ours = randomized(CommonQKVAttention(8, 2, kv_stride=kv_stride).double()).eval()
+    x = torch.randn(2, *size, 8).double()
+
+    def conv(x, name, stride=1):
+        weight = ours.get_parameter(f"basis.{name}.weight")
+        return nn.functional.conv2d(x, weight, stride=stride, padding=1, groups=8)
+
+    def norm(x, name):
+        norm = nn.BatchNorm2d(8).double().eval()
+        norm.load_state_dict(ours.get_submodule(f"basis.{name}").state_dict())
+        return norm(x)
+
+    basis = ours.basis.proj(norm(conv(x.permute(0, 3, 1, 2), "conv"), "norm").permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    q, k, v = (norm(conv(basis, f"{n}_conv", 1 if n == "q" else kv_stride), f"{n}_norm").flatten(2).mT for n in "qkv")
+    q, k, v = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in (q, k, v))
+    share = (q @ k.mT * 8**-0.5).softmax(-1)
+    expected = ours.proj((share @ v).transpose(1, 2).flatten(2)).view(x.shape)
+    torch.testing.assert_close(ours(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [({"num_heads": 5}, "12 is not a multiple of 5"), ({"num_heads": 3, "kv_stride": 0}, "kv_stride=0.*1 or more")],
+)
+def test_common_attention__refuses(kwargs, match):
+    with pytest.raises(ConfigError, match=match):
+        CommonQKVAttention(12, **kwargs)
+    with pytest.raises(ConfigError, match="give a map"):
+        CommonQKVAttention(12, 3)(torch.randn(2, 9, 12))

@@ -124,3 +124,24 @@ def test_local_group_conv__mixes_each_field_only():
 def test_p4m__refuses(make, match):
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+CHANGES = {
+    "in_fields": 4,
+    "out_fields": 4,
+    "kernel_size": 5,
+    "padding": 1,
+    "groups": 2,
+    "bias": False,
+    "dtype": torch.float64,
+}
+
+
+@pytest.mark.parametrize("argument", CHANGES)
+def test_p4m_conv__every_argument_changes_something(argument):
+    def outcome(**kwargs):
+        conv = P4MConv2d(**{"in_fields": 2, "out_fields": 2, "kernel_size": 3, **kwargs})
+        x = torch.randn(1, 8 * conv.in_fields, 9, 9, dtype=conv.weight.dtype)
+        return {k: (v.shape, v.dtype) for k, v in conv.state_dict().items()}, conv(x).shape
+
+    assert outcome() != outcome(**{argument: CHANGES[argument]})

@@ -252,3 +252,57 @@ def test_models__are_registered_once():
     assert set(timm.list_models(module="net")) == ours
     assert {name for name, *_ in PUBLISHED} < ours
     assert mrl.models.MRLNet is MRLNet
+
+
+def test_net__leaves_out_what_it_does_not_know_with_a_warning():
+    with pytest.warns(UserWarning, match="MRLNet: output_stride=16 left out"):
+        model = timm.create_model("test_mrl", output_stride=16)
+    assert model.feature_info[-1]["reduction"] == 8
+
+
+@every_variant
+def test_net__exports_with_dynamic_batch(mixer_args):
+    model = timm.create_model("test_mrl", num_classes=3, mixer_args=mixer_args).eval()
+    x = torch.randn(3, 3, 40, 33)
+    for form in ("plain", "folded"):
+        if form == "folded":
+            model.fold_()
+        program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        for size in (1, 3):
+            torch.testing.assert_close(program.module()(x[:size]), model(x[:size]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@every_variant
+def test_net__compiles_without_a_graph_break(mixer_args):
+    torch.compiler.reset()
+    model = timm.create_model("test_mrl", num_classes=3, drop_path_rate=0.0, mixer_args=mixer_args)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        model.train(training)
+        x = torch.randn(2, 3, 32, 40)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+NET = {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "region_size": 2, "num_classes": 3}
+CHANGES = {
+    "embed_dims": (16, 48), "depths": (1, 2), "num_heads": (2, 2), "region_size": (2, 1), "group_size": 2,
+    "mlp_ratio": 2.0, "num_classes": 5, "in_chans": 1, "global_pool": "max", "drop_rate": 0.9, "drop_path_rate": (0.9, 0.9),
+    "mixer_args": {"local_gain": 0.5}, "dtype": torch.float64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", CHANGES)
+def test_net__every_argument_changes_something(argument):
+    def outcome(**kwargs):
+        settings = {**NET, "depths": (2, 2) if argument == "drop_path_rate" else NET["depths"], **kwargs}
+        torch.manual_seed(3)
+        net = MRLNet(**settings).train()
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in net.state_dict().items()}
+        torch.manual_seed(4)
+        x = torch.randn(4, net.in_chans, 32, 32, dtype=net.norm.weight.dtype)
+        return shapes, net(x)
+
+    (shapes, y), (changed_shapes, changed_y) = outcome(), outcome(**{argument: CHANGES[argument]})
+    assert shapes != changed_shapes or not torch.allclose(y, changed_y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class MRLNet(nn.Module):
         drop_path_rate: stochastic depth at the end of each stage (one for all or one each), linear from 0 inside it.
         mixer_args: further arguments of every `RegionalLocalMixer`, such as `{"qkv": "common"}`; its `scale` is the
             published `dim ** -0.5` unless it stands here.
-        **options: `device` and `dtype` of the parameters.
+        **options: `device` and `dtype` of the parameters; others, which a wrapper made for many networks may pass, are
+            left out with a warning.
 
     Shape:
         (B, in_chans, H, W) -> (B, num_classes)
@@ -144,6 +146,9 @@ class MRLNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        unknown = [f"{name}={options.pop(name)!r}" for name in list(options) if name not in ("device", "dtype")]
+        if unknown:
+            warnings.warn(f"MRLNet: {', '.join(unknown)} left out; it has no such argument.", stacklevel=2)
         self.num_classes, self.in_chans = num_classes, in_chans
         each = to_ntuple(len(embed_dims))
         settings = zip(each(num_heads), each(region_size), each(group_size), strict=True)
