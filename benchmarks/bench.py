@@ -108,7 +108,7 @@ def group(
             model = build(name, size, form)
             cost = count(build(name, size), size)
             facts |= {"params_m": cost.params_m, "gmacs": cost.gmacs, "gemm_gflops": rates[precision]}
-            arms[label] = as_call(model, images, runtime, precision), facts
+            arms[label] = as_call(model, images, runtime, precision, f"{name}-{form}"), facts
         except NotRunError as reason:
             failed.append({"subject": label, "batch": batch, **facts, "not_run": str(reason)})
     return timed(plan, arms, yardstick or next(iter(arms)), batch) + failed

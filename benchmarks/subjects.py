@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ PEERS = (
 OURS = ("mrl_13", "mrl_13_common_qkv")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[int], object]
+FILES = tempfile.TemporaryDirectory(prefix="mrl-bench-")
 
 
 class NotRunError(Exception):
@@ -78,7 +78,7 @@ def build(name: str, image_size: int = 224, form: str = "plain") -> nn.Module:
     return model.fold_() if form == "folded" else model
 
 
-def as_call(model: nn.Module, images: Tensor, runtime: str, precision: str) -> Call:
+def as_call(model: nn.Module, images: Tensor, runtime: str, precision: str, key: str = "") -> Call:
     """A function that runs the model once.
 
     Args:
@@ -86,14 +86,16 @@ def as_call(model: nn.Module, images: Tensor, runtime: str, precision: str) -> C
         images: (B, 3, H, W) float32 on the device that measures.
         runtime: "eager", "compile", "graphs" (CUDA graph replay), "onnxruntime" or "openvino".
         precision: "fp32" or "bf16".
+        key: a name under which the ONNX file of the model is kept until the process ends; without one it is made anew.
 
     Raises:
         NotRunError: the runtime is not here or refuses the model.
     """
     if runtime == "onnxruntime":
-        return _onnxruntime(model, images)
+        session, feed = open_session(_onnx_file(model, images, key)), {"image": images.numpy()}
+        return lambda index: session.run(None, feed)
     if runtime == "openvino":
-        return _openvino(model, images, precision)
+        return _openvino(model, images, precision, key)
     dtype = DTYPES[precision]
     x = images.to(dtype)
     model = copy.deepcopy(model).to(images.device, dtype)
@@ -114,23 +116,22 @@ def as_call(model: nn.Module, images: Tensor, runtime: str, precision: str) -> C
     return call
 
 
-def _onnxruntime(model: nn.Module, images: Tensor) -> Call:
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(to_onnx(model, Path(folder) / "model.onnx", tuple(images.shape[2:])))
-    feed = {"image": images.numpy()}
-    return lambda index: session.run(None, feed)
+def _onnx_file(model: nn.Module, images: Tensor, key: str) -> Path:
+    path = Path(FILES.name) / f"{key.replace('/', '-')}-{images.shape[-1]}.onnx"
+    return path if key and path.is_file() else to_onnx(model, path, tuple(images.shape[2:]))
 
 
-def _openvino(model: nn.Module, images: Tensor, precision: str) -> Call:
+def _openvino(model: nn.Module, images: Tensor, precision: str, key: str) -> Call:
+    """Reads the ONNX file: OpenVINO's converter of torch models would report its use to its makers, its reader does not."""
     if importlib.util.find_spec("openvino") is None:
         raise NotRunError('not run: needs OpenVINO; install "mrl[openvino]"')
     import openvino
 
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # the tracer's remarks on Python numbers
-        converted = openvino.convert_model(model, example_input=images, input=list(images.shape))
+    core = openvino.Core()
+    graph = core.read_model(_onnx_file(model, images, key))
+    graph.reshape(list(images.shape))
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
     hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-    request = openvino.Core().compile_model(converted, "CPU", hints).create_infer_request()
+    request = core.compile_model(graph, "CPU", hints).create_infer_request()
     feed = {0: images.numpy()}
     return lambda index: request.infer(feed)

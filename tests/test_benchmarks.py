@@ -140,3 +140,31 @@ def test_bench__quick_run_of_everything(tmp_path):
         assert result["quick"]
         assert all("not_run" in row or row["latency_ms_median"] > 0 for row in result["rows"])
         assert table.section(name, result)
+
+
+@pytest.mark.parametrize("form", ["plain", "folded"])
+@pytest.mark.parametrize("name", ["mrl_hovernet_common_qkv_p4m", "mrl_13"])
+def test_openvino__agrees_with_torch(name, form):
+    openvino = pytest.importorskip("openvino")
+    from mrl.export import to_onnx
+    from subjects import FILES
+
+    model = randomized_small(name)
+    model = model.fold_() if form == "folded" else model
+    x = torch.randn(2, 3, 64, 96)
+    core = openvino.Core()
+    graph = core.read_model(to_onnx(model, f"{FILES.name}/agrees.onnx", (64, 96)))
+    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.inference_mode():
+        expected = model(x).softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(compiled({0: x.numpy()})[0]), expected, atol=1e-5, rtol=1e-4)
+
+
+def randomized_small(name):
+    model = randomized(
+        timm.create_model(name, num_classes=5, depths=(1, 1, 1) if name == "mrl_13" else (1, 1, 1, 1))
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.2)
+    return model
