@@ -171,7 +171,7 @@ def test_augment__tilt_is_a_rotation_about_the_centre():
 
 
 def test_make_augment__unknown_level():
-    with pytest.raises(ConfigError, match="--augment heavy: unknown; use none, light or medium"):
+    with pytest.raises(ConfigError, match="--augment heavy: unknown; use none, light, medium or imagenet"):
         make_augment("heavy")
 
 

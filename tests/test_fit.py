@@ -395,6 +395,11 @@ OTHER = {
     "validations": 1,
     "augment": "medium",
     "use_confidence": True,
+    "start": "scratch",
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "warmup_lr": 0.5,
+    "cooldown": 0.5,
 }
 
 
@@ -406,12 +411,16 @@ def test_fit__every_field_is_tested():
 def test_fit__every_field_changes_something(sides, undisturbed, tmp_path, name):
     model = make_model(drop_path_rate=0.2)
     config = dataclasses.replace(SMALL, **{name: OTHER[name]})
+    if name == "warmup_lr":  # with a rise of one update, nothing is seen of where it began
+        config = dataclasses.replace(config, warmup=0.5)
+        fit(make_model(drop_path_rate=0.2), *sides, dataclasses.replace(config, warmup_lr=0.0), tmp_path / "from_0")
+        undisturbed = tmp_path / "from_0"
     if name == "patience":  # a validation side that the start already fits cannot be gained on
         config = dataclasses.replace(config, epochs=20, min_updates=1, validations=1)
         assert fit(model, *sides, config, tmp_path).updates < 80
         return
-    fit(model, *sides, config, tmp_path)
-    here, there = numbers(tmp_path)[0], numbers(undisturbed)[0]
+    fit(model, *sides, config, tmp_path / "here")
+    here, there = numbers(tmp_path / "here")[0], numbers(undisturbed)[0]
     keys = ("event", "update", "loss", "val_loss", "val_score")
     assert [[line.get(k) for k in keys] for line in here] != [[line.get(k) for k in keys] for line in there]
 
@@ -432,6 +441,11 @@ WRONG = {
     "freeze": -1,
     "patience": -1,
     "validations": 0,
+    "start": "middle",
+    "mixup": -0.1,
+    "cutmix": -1.0,
+    "warmup_lr": 1.5,
+    "cooldown": 0.9,
 }
 
 

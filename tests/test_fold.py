@@ -210,8 +210,15 @@ def test_composed__is_chosen_by_size_and_for_plain_layers_only():
         assert not mixer._composes(large)
     mixer.q_proj = nn.utils.parametrizations.weight_norm(mixer.q_proj)
     assert not mixer._composes(large)
-    mixer.k_proj = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ConfigError, match="q_proj is a ParametrizedLinear, whose weight is not all it does"):
+        mixer.fold_()
     mixer.q_proj = nn.Linear(16, 16)
+    assert mixer._composes(large)
+    hook = mixer.k_conv.register_forward_hook(lambda *args: None)
+    assert not mixer._composes(large)
+    hook.remove()
+    assert mixer._composes(large)
+    mixer.k_proj = nn.Sequential(nn.Linear(16, 16))
     assert not mixer._composes(large)
 
 

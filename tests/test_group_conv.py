@@ -96,9 +96,18 @@ def test_p4m_conv__gradients_and_formats():
     conv = P4MConv2d(1, 1, 3, padding=1).double()
     x = torch.randn(1, 8, 3, 4).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(conv, {"weight": w}, x), (x, conv.weight))
-    assert "places" not in conv.state_dict()
+    assert sorted(conv.state_dict()) == ["bias", "weight"]
     assert conv.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert P4MConv2d(1, 2, 3, device="meta")(torch.empty(1, 8, 5, 5, device="meta")).shape == (1, 16, 3, 3)
+
+
+def test_p4m_conv__survives_the_meta_device():
+    with torch.device("meta"):
+        empty = P4MConv2d(2, 1, 3)
+    conv, x = P4MConv2d(2, 1, 3), torch.randn(1, 16, 5, 5)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(conv.state_dict())
+    assert torch.equal(filled(x), conv(x))
 
 
 def test_local_group_conv__mixes_each_field_only():

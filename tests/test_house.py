@@ -19,7 +19,7 @@ LEVELS = [
     ["probe"],
     ["tasks"],
     ["protocol"],
-    ["fit_config", "checkpoint", "optimizer"],
+    ["fit_config", "checkpoint", "optimizer", "mixing"],
     ["fit_loop"],
     ["fit"],
     ["evaluate"],

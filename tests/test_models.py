@@ -306,3 +306,16 @@ def test_net__every_argument_changes_something(argument):
 
     (shapes, y), (changed_shapes, changed_y) = outcome(), outcome(**{argument: CHANGES[argument]})
     assert shapes != changed_shapes or not torch.allclose(y, changed_y)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_quick_gelu__equals_timms(grad):
+    from timm.layers import QuickGELU
+
+    from mrl.models.layers import QuickGELU as Ours
+
+    x = torch.linspace(-8, 8, 101).double().requires_grad_()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(Ours()(x), QuickGELU()(x), rtol=1e-12, atol=1e-14)
+    if grad:
+        assert torch.autograd.gradcheck(Ours(), x)

@@ -228,7 +228,7 @@ def fit(
         budget: of the fit, the same for both arms; stands in the protocol.
     """
     given = {k: v for k, v in locals().items() if k not in ("out", "arm", "overwrite")}
-    space = steps.open_run(Workspace(out), given)
+    space = steps.open_run(Workspace(out), given, swaps=arm != "baseline")
     for name in ARMS if arm is None else (arm,):
         steps.fit_step(space, name, overwrite=overwrite)
 

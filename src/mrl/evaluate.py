@@ -174,7 +174,7 @@ def evaluate_arm(
     repeat: int = 0,
     fold: int = 0,
 ) -> tuple[Predictions, dict[str, Any]]:
-    """Scores an arm's best candidate once on the test side, and beside it the linear probe it started from.
+    """Scores an arm's best candidate once on the test side, and beside it the linear probe it started from, if it did.
 
     Args:
         model: the arm's best candidate; unchanged afterwards.
@@ -187,8 +187,8 @@ def evaluate_arm(
 
     Returns:
         The predictions, and the arm's part of `evaluation.json`: `linear_probe` (the primary metric of the starting
-        head), `metrics`, `linear_probe_metrics`, `below_linear_probe` (the best candidate is below the probe on the
-        test side), and `warnings`.
+        head, None for a fit from scratch), `metrics`, `linear_probe_metrics`, `below_linear_probe` (the best candidate is
+        below the probe on the test side), and `warnings`.
     """
     folder = Path(folder)
     record = read_json(folder / "fit.json")
@@ -198,13 +198,14 @@ def evaluate_arm(
     arm = record["arm"]
     found = Predictions(arm, names, targets, tuple(images.classes), probabilities, repeat, fold, record["seed"])
     metrics = score_all(found.target_indices, probabilities)
-    probe_metrics = metrics
-    if record["best_update"] != 0:
+    probed = record["config"].get("start", "probe") == "probe"
+    probe_metrics = metrics if probed else None
+    if probed and record["best_update"] != 0:
         best = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(load_file(folder / START))
         probe_metrics = score_all(found.target_indices, predict_probabilities(model, images, batch_size=batch_size))
         model.load_state_dict(best)
-    below = metrics[metric] < probe_metrics[metric]
+    below = probed and metrics[metric] < probe_metrics[metric]
     warnings = []
     if below:
         warnings.append(
@@ -212,7 +213,7 @@ def evaluate_arm(
             f"{probe_metrics[metric]:.4f})"
         )
     part = {
-        "linear_probe": probe_metrics[metric],
+        "linear_probe": probe_metrics[metric] if probed else None,
         "metrics": metrics,
         "linear_probe_metrics": probe_metrics,
         "below_linear_probe": below,

@@ -21,8 +21,10 @@ class FitConfig:
         lr: peak learning rate of the head and the last norm; each layer below learns slower by `layer_decay`.
         layer_decay: factor on the learning rate from one layer to the one below; 1 trains all alike.
         weight_decay: AdamW's, on weights only, not on biases, norms and position embeddings.
-        warmup: share of the updates over which the learning rate rises from 0.
+        warmup: share of the updates over which the learning rate rises.
+        warmup_lr: learning rate from which it rises, as a share of `lr`.
         min_lr: learning rate at the end, as a share of `lr`.
+        cooldown: share of the updates, at the end, that stay at `min_lr`.
         ema: decay of the averaged weights that are validated and kept (rising to it at first); 0 is no average.
         clip: largest norm of the gradient; 0 does not clip.
         precision: auto, fp32, bf16 or fp16; auto is bf16 where the hardware has it, fp16 on other GPUs, else fp32.
@@ -32,8 +34,13 @@ class FitConfig:
         freeze: first blocks that stay as they are, with the embeddings; 0 trains everything, null freezes a third.
         patience: validations without gain on the inner validation side after which it stops; 0 never stops early.
         validations: times an epoch that the inner validation side is scored; each is a candidate.
-        augment: none, light or medium changes to the training images.
+        augment: none, light or medium changes to the training images; imagenet crops, distorts and erases strongly, for
+            networks from scratch.
         use_confidence: weigh each training image by the confidence of its label.
+        start: probe begins with a linear probe of the untouched network as its head; scratch with the network as it is
+            built, for random weights.
+        mixup: alpha of mixup, which blends pairs of images and their labels; 0 is off.
+        cutmix: alpha of cutmix, which pastes a part of one image into another; 0 is off.
 
     Raises:
         ConfigError: a value out of range, with what is allowed.
@@ -50,7 +57,9 @@ class FitConfig:
     layer_decay: float = 0.75
     weight_decay: float = 0.05
     warmup: float = 0.1
+    warmup_lr: float = 0.0
     min_lr: float = 0.0
+    cooldown: float = 0.0
     ema: float = 0.97
     clip: float = 1.0
     precision: str = "auto"
@@ -61,6 +70,9 @@ class FitConfig:
     validations: int = 2
     augment: str = "light"
     use_confidence: bool = False
+    start: str = "probe"
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks every value."""
@@ -72,7 +84,9 @@ class FitConfig:
             "layer_decay": (0 < self.layer_decay <= 1, "above 0, at most 1"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "warmup": (0 <= self.warmup < 1, "0 to below 1"),
+            "warmup_lr": (0 <= self.warmup_lr <= 1, "0 to 1"),
             "min_lr": (0 <= self.min_lr <= 1, "0 to 1"),
+            "cooldown": (self.cooldown >= 0 and self.warmup + self.cooldown < 1, "0 or more, with warmup below 1"),
             "ema": (0 <= self.ema < 1, "0 to below 1"),
             "clip": (self.clip >= 0, "0 or more"),
             "precision": (self.precision in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
@@ -80,6 +94,13 @@ class FitConfig:
             "freeze": (self.freeze is None or self.freeze >= 0, "null, 0 or more"),
             "patience": (self.patience >= 0, "0 or more"),
             "validations": (self.validations >= 1, "1 or more"),
+            "start": (self.start in ("probe", "scratch"), "probe or scratch"),
+            "mixup": (self.mixup >= 0, "0 or more"),
+            "cutmix": (self.cutmix >= 0, "0 or more"),
+            "use_confidence": (
+                not (self.use_confidence and (self.mixup or self.cutmix)),
+                "false with mixup or cutmix, whose images belong to two labels",
+            ),
         }
         for name, (fine, allowed) in limits.items():
             if not fine:
@@ -98,7 +119,7 @@ class FitResult:
         best_score: its score on the inner validation side.
         candidates: update, val_score and val_loss of each.
         metric: the score that chose.
-        linear_probe_val: score of the starting head, a linear probe.
+        linear_probe_val: score of the starting head, a linear probe; None where it started from scratch.
         below_linear_probe: no fine-tuned candidate reached the starting head on the inner validation side, so that was
             kept; whether what was kept is below it on the test side is for the evaluation to say.
         seconds: of work, interruptions not counted.
@@ -124,7 +145,7 @@ class FitResult:
     best_score: float
     candidates: list[dict[str, Any]]
     metric: str
-    linear_probe_val: float
+    linear_probe_val: float | None
     below_linear_probe: bool
     seconds: float
     images_seen: int

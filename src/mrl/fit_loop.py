@@ -21,6 +21,7 @@ from mrl.data.loading import ImageSet, collate, make_loader
 from mrl.data.transforms import Augment, make_augment
 from mrl.errors import ConfigError
 from mrl.fit_config import FitConfig, FitResult
+from mrl.mixing import mix_batch
 from mrl.optimizer import cosine, freeze_, parameter_groups, pick_precision, train_mode_
 from mrl.run import environment, plain, progress, say, write_json, writing
 from mrl.tasks.classification import Classification, class_weights
@@ -52,7 +53,7 @@ class Loop:
         self.came_from = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
         model.to(self.device)
         self.val, self.plain_train = val, _with_augment(train, None, self.seed)
-        self.train = _with_augment(train, make_augment(config.augment), self.seed)
+        self.train = _with_augment(train, make_augment(config.augment, train.preprocess.image_size), self.seed)
         metric, classes = identity["metric"], len(train.classes)
         balanced = metric != "accuracy" if config.class_balance is None else config.class_balance
         weights = class_weights(train.labels, classes) if balanced else None
@@ -67,7 +68,9 @@ class Loop:
         self.network = self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
         self.per_epoch = math.ceil(len(train) / config.batch_size)
         self.updates = max(config.min_updates, math.ceil(config.epochs * self.per_epoch))
-        self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, min_lr=config.min_lr * config.lr)
+        rates = {"min_lr": config.min_lr * config.lr, "warmup_lr": config.warmup_lr * config.lr}
+        self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, cooldown=config.cooldown, **rates)
+        self.mixes = bool(config.mixup or config.cutmix)
         self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
         self.update, self.seconds, self.since = 0, 0.0, time.monotonic()
         self.candidates: list[dict[str, Any]] = []
@@ -76,23 +79,27 @@ class Loop:
         self.seen: dict[str, list[Tensor]] = {"logits": [], "label": [], "weight": []}
 
     def begin(self) -> None:
-        """Continues from the checkpoint, or makes candidate 0: the linear probe."""
+        """Continues from the checkpoint, or makes candidate 0: the linear probe, or the network as it was built."""
         found = load_checkpoint(self.out / CHECKPOINT)
         if found is not None:
             self._restore(*found)
             say(f"{self.arm}: goes on after update {self.update} of {self.updates}")
             return
         truncate(self.out / METRICS, -1)
-        say(f"{self.arm}: features of {len(self.plain_train)} images for the starting head")
-        sides = [self._collect(side, self.model.features, "features") for side in (self.plain_train, self.val)]
-        probe = self.task.start(self.model, *sides)
+        train_score = self._probe() if self.config.start == "probe" else None
         if self.ema is not None:
             self.ema.set(self.model)
-        train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
-        train_score, _ = self.task.score(train_logits, sides[0])
         with writing(self.out / START) as part:
             save_file(_snapshot(self.model), part)
         self._validate(train_score)
+
+    def _probe(self) -> float:
+        """Sets the head to the linear probe of the untouched network; returns its score on the training side."""
+        say(f"{self.arm}: features of {len(self.plain_train)} images for the starting head")
+        sides = [self._collect(side, self.model.features, "features") for side in (self.plain_train, self.val)]
+        probe = self.task.start(self.model, *sides)
+        train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
+        return self.task.score(train_logits, sides[0])[0]
 
     def run(self) -> None:
         """The updates that are left; a validation every so many, a checkpoint after each and every half minute."""
@@ -156,6 +163,8 @@ class Loop:
         torch.manual_seed(_mix(self.seed, self.update, self.accelerator.process_index, 1))
         self.update += 1
         self.schedule.step_update(self.update)
+        if self.mixes:
+            batch = self._mixed(batch)
         batch = {k: v.to(self.device) for k, v in batch.items()}
         train_mode_(self.network)
         with self.accelerator.autocast():
@@ -174,16 +183,24 @@ class Loop:
         if self.ema is not None:
             self.ema.update(self.model, step=self.update)
         for key, value in (("logits", logits), ("label", batch["label"]), ("weight", batch["weight"])):
-            self.seen[key].append(value.detach().to("cpu", torch.long if key == "label" else torch.float32))
+            if not self.mixes:  # a mixed image has no one label to score it by
+                self.seen[key].append(value.detach().to("cpu", torch.long if key == "label" else torch.float32))
         lr = self.optimizer.param_groups[-1]["lr"]
         self._log("train", loss=float(loss.detach()), lr=lr)
+
+    def _mixed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its images mixed, and the shares of their labels as "target"."""
+        seed = _mix(self.seed, self.update, self.accelerator.process_index, 2)
+        alphas = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
+        images, targets = mix_batch(batch["image"], batch["label"], self.task.num_classes, seed=seed, **alphas)
+        return {**batch, "image": images, "target": targets}
 
     def _validate(self, train_score: float | None = None) -> None:
         """Scores a candidate; without `train_score`, that is of the training batches since the last one."""
         model = self.model if self.ema is None else self.ema.module
         side = self._collect(self.val, model, "logits")
         score, loss = self.task.score(side["logits"], side)
-        if train_score is None:
+        if train_score is None and self.seen["logits"]:
             seen = {k: torch.cat(v) for k, v in self.seen.items()}
             train_score, _ = self.task.score(seen["logits"], seen)
         gain = not self.candidates or (score, -loss) > (self._best()["val_score"], -self._best()["val_loss"])
@@ -264,15 +281,17 @@ class Loop:
         truncate(self.out / METRICS, self.update)
 
     def _result(self, meta: dict[str, Any]) -> FitResult:
-        best, start = self._best(), self.candidates[0]
+        best, start, probed = self._best(), self.candidates[0], self.config.start == "probe"
         tuned = max((c["val_score"] for c in self.candidates[1:]), default=start["val_score"])
-        below = tuned < start["val_score"]
+        below = probed and tuned < start["val_score"]
         warnings = []
         if below:
             warnings.append(
                 f"no fine-tuned candidate reached the linear probe on the inner validation side ({tuned:.4f} against "
                 f"{start['val_score']:.4f}), so the probe's head on the untouched backbone was kept"
             )
+        if not probed and best["update"] == 0:
+            warnings.append("no candidate was better on the inner validation side than the network before training")
         reached = (c["update"] for c in self.candidates if c["val_score"] >= 0.95 * best["val_score"])
         sizes = [len(chunk) for chunk in torch.arange(len(self.train)).tensor_split(self.per_epoch)]
         full, rest = divmod(self.update, self.per_epoch)
@@ -285,7 +304,7 @@ class Loop:
             best_score=best["val_score"],
             candidates=self.candidates,
             metric=self.task.metric,
-            linear_probe_val=start["val_score"],
+            linear_probe_val=start["val_score"] if probed else None,
             below_linear_probe=below,
             seconds=self._clock(),
             images_seen=full * len(self.train) + sum(sizes[:rest]),

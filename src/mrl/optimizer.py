@@ -102,16 +102,27 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups, key=lambda k: (k[0], -k[1]))]
 
 
-def cosine(optimizer: torch.optim.Optimizer, updates: int, *, warmup: float, min_lr: float) -> Any:
+def cosine(
+    optimizer: torch.optim.Optimizer,
+    updates: int,
+    *,
+    warmup: float,
+    min_lr: float,
+    warmup_lr: float = 0.0,
+    cooldown: float = 0.0,
+) -> Any:
     """Timm's cosine schedule over `updates` updates; call `step_update(update)`, 1-based, before each.
 
-    Linear from 0 to the peak over the first `warmup * updates` updates, then half a cosine down to `min_lr`.
+    Linear from `warmup_lr` to the peak over the first `warmup * updates` updates, then half a cosine down to `min_lr`,
+    which the last `cooldown * updates` updates keep.
 
     Args:
         optimizer: with groups from `parameter_groups`.
         updates: of the whole fit.
         warmup: share of the updates, 0 to below 1.
-        min_lr: learning rate after the last update, before `lr_scale`.
+        min_lr: learning rate at the end, before `lr_scale`.
+        warmup_lr: learning rate before the first update, before `lr_scale`.
+        cooldown: share of the updates, 0 to below 1.
 
     Example:
         >>> adam = torch.optim.AdamW([torch.ones(1, requires_grad=True)], lr=1.0)
@@ -128,9 +139,10 @@ def cosine(optimizer: torch.optim.Optimizer, updates: int, *, warmup: float, min
     rising = round(warmup * updates)
     return CosineLRScheduler(
         optimizer,
-        t_initial=updates + 1 - rising,
+        t_initial=updates + 1 - rising - round(cooldown * updates),
         lr_min=min_lr,
         warmup_t=rising,
+        warmup_lr_init=warmup_lr,
         warmup_prefix=True,
         t_in_epochs=False,
     )

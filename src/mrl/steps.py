@@ -222,13 +222,14 @@ def _same_protocol(space: Workspace, asked: Protocol) -> None:
         )
 
 
-def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False) -> Workspace:
+def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False, swaps: bool = True) -> Workspace:
     """A run folder for a single verb: its own protocol, which flags that were given must not contradict, or a new one.
 
     Args:
         space: the run folder.
         given: flags of the verb by name; None was not given.
         overwrite: make a new protocol and split.
+        swaps: the verb will swap the model, so it has to have something to swap.
 
     Raises:
         ConfigError: no protocol and no --model and --data to make one, or a flag that contradicts the protocol.
@@ -242,7 +243,8 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
             raise ConfigError(f"{space.out} has no protocol yet: give {' and '.join(missing)}, or run `mrl poc`.")
         request = Request(**given)
         request.check()
-        check_model(request)
+        if swaps:
+            check_model(request)
         return begin(space, request, overwrite=overwrite)
     protocol = space.protocol
     there = {

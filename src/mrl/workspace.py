@@ -102,7 +102,7 @@ class Workspace:
             [samples[row.image] for row in wanted],
             self.source.classes,
             self.preprocess,
-            augment=None if augment == "none" else make_augment(augment),
+            augment=None if augment == "none" else make_augment(augment, tuple(self.protocol.image_size)),
             seed=seed,
             cache=self.cache,
         )

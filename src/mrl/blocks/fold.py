@@ -36,8 +36,8 @@ def fold_(
         tolerance: the largest such error that is accepted.
 
     Raises:
-        ConfigError: nothing to fold, folded already, a rank below 1 or one that cuts nothing here, or an error above
-            the tolerance; nothing has changed then.
+        ConfigError: nothing to fold, folded already, projections that are not plain linear layers, a rank below 1 or
+            one that cuts nothing here, or an error above the tolerance; nothing has changed then.
 
     Example:
         >>> net = nn.Sequential(nn.LayerNorm(8), RegionalLocalMixer(8, 2, 2)).eval()
@@ -51,6 +51,16 @@ def fold_(
         raise ConfigError(f"fold_: {type(module).__name__} contains no MRL mixer; give a mixer or a model with some.")
     if any(mixer.folded is not None for mixer in mixers.values()):
         raise ConfigError("fold_: it is folded already; build or load the model again to fold it another way.")
+    for name, mixer in mixers.items():
+        layers = {
+            n: m for n, m in mixer.named_modules() if n.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "proj")
+        }
+        odd = next((n for n, m in layers.items() if type(m) is not nn.Linear), None)
+        if odd is not None:
+            raise ConfigError(
+                f"fold_: {f'{name}.' if name else ''}{odd} is a {type(layers[odd]).__name__}, whose weight is not all it "
+                "does; merge LoRA weights, or fold before you quantise."
+            )
     if rank is not None and rank < 1:
         raise ConfigError(f"fold_(rank={rank}): a kernel has at least rank 1; use 1 to the region's area.")
     twins = {name: _folded(mixer, rank) for name, mixer in mixers.items()}

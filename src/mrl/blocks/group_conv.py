@@ -129,7 +129,7 @@ class P4MConv2d(nn.Module):
         shape = (out_fields, in_fields // groups, ORDER, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_fields, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("places", _places(kernel_size).to(device), persistent=False)
+        self.places = _places(kernel_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -149,7 +149,8 @@ class P4MConv2d(nn.Module):
     def bank(self) -> tuple[Tensor, Tensor | None]:
         """Weight (8 * out_fields, 8 * in_fields / groups, k, k) and bias of the ordinary convolution that this is."""
         k = self.kernel_size
-        copies = self.weight.flatten(2)[:, :, self.places]  # (out, in / groups, h, 8 * k * k)
+        places = torch.tensor(self.places, device=self.weight.device)  # no buffer: nothing to lose on the meta device
+        copies = self.weight.flatten(2)[:, :, places]  # (out, in / groups, h, 8 * k * k)
         weight = copies.transpose(1, 2).reshape(ORDER * self.out_fields, -1, k, k)
         return weight, None if self.bias is None else self.bias.repeat_interleave(ORDER)
 
@@ -227,8 +228,8 @@ def _check_fields(who: str, channels: int) -> None:
         raise ConfigError(f"{who}: {channels} channels are not fields of 8 orientations; use {near} channels.")
 
 
-def _places(kernel_size: int) -> Tensor:
-    """For each element h, where each entry of "h acting on a filter" is found in the filter: (8, 8 * k * k)."""
+def _places(kernel_size: int) -> list[list[int]]:
+    """For each element h, where each entry of "h acting on a filter" is found in the filter: 8 lists of 8 * k * k."""
     area = kernel_size * kernel_size
     numbers = torch.arange(ORDER * area, device="cpu").view(ORDER, kernel_size, kernel_size)
-    return torch.stack([p4m_transform(numbers, element).flatten() for element in range(ORDER)])
+    return [p4m_transform(numbers, element).flatten().tolist() for element in range(ORDER)]

@@ -239,14 +239,21 @@ class RegionalLocalMixer(nn.Module):
     def _composes(self, x: Tensor) -> bool:
         """Whether to run projection and reduction as one map: where a backward pass would have to keep q, k and v.
 
-        The composed weight is kept instead, so it has to be the smaller of the two; and the three projections have to
-        be plain linear layers (not LoRA's, not quantised ones).
+        The composed weight is kept instead, so it has to be the smaller of the two; and the projections and reductions
+        have to be plain ones (no LoRA, no quantisation, no hooks), because they are not called.
         """
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
         rows, cols = self.region_size
-        enough = x.shape[0] * x.shape[1] * x.shape[2] >= COMPOSE_FROM * rows * cols * self.dim
-        return enough and all(type(getattr(self, f"{n}_proj")) is nn.Linear for n in "qkv")
+        if x.shape[0] * x.shape[1] * x.shape[2] < COMPOSE_FROM * rows * cols * self.dim:
+            return False
+        return not any(self._not_plain(f"{n}_{what}") for n in "qkv" for what in ("proj", "conv"))
+
+    def _not_plain(self, name: str) -> bool:
+        """Whether a projection or reduction does more than its class says: LoRA, quantisation, somebody's hook."""
+        module = getattr(self, name)
+        kind = nn.Linear if name.endswith("proj") else RegionConv
+        return type(module) is not kind or bool(module._forward_hooks or module._forward_pre_hooks)
 
     def _composed(self, x: Tensor, names: str) -> list[Tensor]:
         """Projection and depthwise reduction as one linear map of each region, for each of `names`."""

@@ -298,6 +298,10 @@ class RegionNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             out = F.batch_norm(flat, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps)
             return out.permute(0, 2, 3, 1).reshape(x.shape).to(x.dtype)
+        if x.dtype != dtype and self.running_var.dtype == dtype:  # one kernel, which computes in float32
+            flat = x.reshape(-1, x.shape[-1])
+            out = F.batch_norm(flat, self.running_mean, self.running_var, weight, bias, False, self.momentum, self.eps)
+            return out.reshape(x.shape)
         gain = weight * torch.rsqrt(self.running_var.to(dtype) + self.eps)
         return torch.addcmul(bias - self.running_mean.to(dtype) * gain, x.to(dtype), gain).to(x.dtype)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mrl.data.imagenet import ImageNetAugment
 from mrl.data.images import read_image
 from mrl.data.sources import Sample
 from mrl.data.transforms import Augment, Preprocess, is_grey
@@ -73,7 +74,7 @@ class ImageSet(Dataset[dict[str, Any]]):
         samples: the images.
         classes: the labels, in the order of the model's outputs.
         preprocess: what every image goes through.
-        augment: random changes after resizing, or None.
+        augment: random changes after resizing (or, where it says `full_size`, instead of it), or None.
         seed: of the augmentation.
         cache_mb: how much memory the resized images may take; later ones are decoded each time.
         cache: a cache to share instead.
@@ -93,7 +94,7 @@ class ImageSet(Dataset[dict[str, Any]]):
         samples: Sequence[Sample],
         classes: Sequence[str],
         preprocess: Preprocess,
-        augment: Augment | None = None,
+        augment: Augment | ImageNetAugment | None = None,
         seed: int = 0,
         cache_mb: float = 2048,
         cache: ImageCache | None = None,
@@ -131,14 +132,18 @@ class ImageSet(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self.samples):
             raise IndexError(f"image {index} of {len(self.samples)}")
-        image = self.resized(index)
-        if self.augment is not None:
-            image = self.augment(image, seed=_seed(self.seed, self.epoch, index))
-        weight = self.samples[index].weight
+        sample, seed = self.samples[index], _seed(self.seed, self.epoch, index)
+        if self.augment is None:
+            image = self.preprocess.normalize(self.resized(index))
+        else:
+            whole = self.augment.full_size
+            image = read_image(sample.path, bit_depth=self.preprocess.bit_depth) if whole else self.resized(index)
+            image = self.preprocess.normalize(self.augment(image, seed=seed))
+            image = self.augment.finish(image, seed=seed + 1)
         return {
-            "image": self.preprocess.normalize(image),
+            "image": image,
             "label": self.labels[index],
-            "weight": weight,
+            "weight": sample.weight,
             "index": index,
         }
 

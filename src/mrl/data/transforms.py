@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from mrl.data.imagenet import ImageNetAugment
 from mrl.errors import ConfigError
 
-Level = Literal["none", "light", "medium"]
+Level = Literal["none", "light", "medium", "imagenet"]
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -148,6 +149,12 @@ class Augment:
     blur: float = 0.0
     noise: float = 0.0
 
+    full_size: ClassVar[bool] = False  # works on the resized picture
+
+    def finish(self, image: Tensor, *, seed: int) -> Tensor:
+        """What is left to do on the standardised image: nothing."""
+        return image
+
     def __call__(self, image: Tensor, *, seed: int) -> Tensor:
         """The changed image; the same for the same seed."""
         draw = torch.Generator().manual_seed(seed)
@@ -192,13 +199,14 @@ class Augment:
         return functional.grid_sample(x[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
-def make_augment(level: Level = "light") -> Augment:
+def make_augment(level: Level = "light", size: tuple[int, int] = (224, 224)) -> Augment | ImageNetAugment:
     """The augmentation of this level.
 
     Args:
         level: "light" (mirror, crop of 90 to 100 % of the area, slight contrast and brightness) keeps what inspection
             and medical images need: orientation and detail; "medium" adds upside down, quarter turns, small rotations
-            and shifts, blur and noise; "none" changes nothing.
+            and shifts, blur and noise; "none" changes nothing; "imagenet" is the strong one of ImageNet training.
+        size: (height, width) of the model's images, which "imagenet" crops to.
 
     Raises:
         ConfigError: an unknown level.
@@ -214,7 +222,9 @@ def make_augment(level: Level = "light") -> Augment:
         return Augment()
     if level == "medium":
         return Augment(0.7, 0.5, 0.5, True, 10.0, 0.2, 0.1, 0.2, 0.03)
-    raise ConfigError(f"--augment {level}: unknown; use none, light or medium.")
+    if level == "imagenet":
+        return ImageNetAugment(tuple(size))
+    raise ConfigError(f"--augment {level}: unknown; use none, light, medium or imagenet.")
 
 
 def is_grey(image: Tensor) -> bool:

@@ -225,8 +225,8 @@ def _check_name(name: str) -> None:
 
 
 def _image_kwargs(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
-    """`img_size` where the model's constructor takes it, after a trial on the meta device."""
-    if size is None:
+    """`img_size` where the model's constructor takes it, after a trial on the meta device; ours take any size as it is."""
+    if size is None or name in OURS:
         return {}
     with torch.device("meta"):
         try:

@@ -55,10 +55,12 @@ class Classification:
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean cross-entropy, sum(w * loss) / sum(w) with w = class weight * confidence.
 
+        Where the batch has "target", shares of all classes that sum to 1, those take the place of the label.
+
         Shape:
-            logits (B, K), batch["label"] (B,), batch["weight"] (B,) -> ().
+            logits (B, K), batch["label"] (B,), batch["weight"] (B,), batch["target"] (B, K) -> ().
         """
-        labels = batch["label"]
+        labels = batch.get("target", batch["label"])
         losses = nn.functional.cross_entropy(
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
@@ -70,7 +72,8 @@ class Classification:
         labels = batch["label"]
         weights = torch.ones(len(labels), device=labels.device)
         if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, device=labels.device)[labels]
+            of_class = torch.tensor(self.class_weights, device=labels.device)
+            weights = batch["target"] @ of_class if "target" in batch else of_class[labels]
         return weights * batch["weight"].to(weights) if self.use_confidence else weights
 
     def decode(self, logits: Tensor) -> Tensor:
