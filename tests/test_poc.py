@@ -42,6 +42,14 @@ def draw(folder: Path, classes=("blank", "dot", "line"), n=16, seed=0) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mrl.results.MEASURE_SECONDS", 4.0)
+        patch.setattr("mrl.results.OTHER_SIZES", (48,))
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return draw(tmp_path_factory.mktemp("images") / "data")

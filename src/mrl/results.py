@@ -18,6 +18,8 @@ from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.workspace import ARMS, Workspace
 
 PARITY_IMAGES = 256
+MEASURE_SECONDS = 45.0  # that `mrl measure` takes, about
+OTHER_SIZES = (224, 448, 896)  # pixels, measured beside the protocol's
 
 
 def evaluate_step(space: Workspace, *, overwrite: bool = False) -> None:
@@ -50,7 +52,7 @@ def _percent(score: dict[str, Any]) -> str:
     return f"{100 * score['estimate']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f}), n = {score['n']}"
 
 
-def measure_step(space: Workspace, *, overwrite: bool = False, time_budget_s: float = 45.0) -> dict[str, Any]:
+def measure_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]:
     """Measures both fitted arms side by side; writes `measure.json`."""
     path = refuse_existing(space.file("measure.json"), overwrite)
     protocol = space.protocol
@@ -62,7 +64,8 @@ def measure_step(space: Workspace, *, overwrite: bool = False, time_budget_s: fl
         image_size=tuple(protocol.image_size),
         images=images,
         seed=protocol.seed,
-        time_budget_s=time_budget_s,
+        other_sizes=OTHER_SIZES,
+        time_budget_s=MEASURE_SECONDS,
         files=[s.path for s in test.samples[:64]],
         preprocess=space.preprocess,
     )
