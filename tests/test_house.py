@@ -16,7 +16,7 @@ LEVELS = [
     ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],
-    ["probe"],
+    ["probe", "testing"],
     ["tasks"],
     ["protocol"],
     ["fit_config", "checkpoint", "optimizer", "mixing"],

@@ -20,6 +20,7 @@ _LAZY = {
     "calibrate": "mrl.swap",
     "save": "mrl.swap",
     "load": "mrl.swap",
+    "register_adapter": "mrl.swap.adapters",
     "Protocol": "mrl.protocol",
     "poc": "mrl.poc",
     "predict": "mrl.predict",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mrl.errors import SwapError
 from mrl.swap.adapters import Site, adapters
@@ -54,6 +55,7 @@ class Handle:
         self.model, self.plan = model, plan
         self._grids, self._kept, self._hooks = grids, kept, hooks
         self._names = list(plan.names)
+        self._mixing: dict[str, Any] = {}
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +85,39 @@ class Handle:
             for name, student in students.items():
                 put(self.model, name, student)
 
+    def mix(self, alpha: float) -> None:
+        """Lets every exchanged module answer (1 - alpha) * original + alpha * mixer, for a gradual hand-over in training.
+
+        Both are computed, so it costs more than either. The originals do not learn; gradients pass through them. What
+        `mrl.save` writes is the mixers alone, whatever alpha is.
+
+        Args:
+            alpha: 0 is the original, 1 the mixer (as after the swap).
+
+        Raises:
+            SwapError: an alpha outside 0 to 1, or the originals were discarded.
+
+        Example:
+            >>> import timm, torch
+            >>> net, x = timm.create_model("test_vit", img_size=32).eval(), torch.randn(1, 3, 32, 32)
+            >>> before = net(x)
+            >>> handle = swap_(net, __import__("mrl").plan(net, region=2))
+            >>> handle.mix(0.0)
+            >>> torch.equal(net(x), before)
+            True
+        """
+        if not 0 <= alpha <= 1:
+            raise SwapError(f"handle.mix({alpha}): use 0 (the original) to 1 (the mixer).")
+        if alpha < 1:
+            self._need_originals("mix")
+        for hook in self._mixing.values():
+            hook.remove()
+        self._mixing = {}
+        for name, student in self.mixers().items() if alpha < 1 else ():
+            teacher = self._kept[name].teacher
+            hook = student.register_forward_hook(_blend(teacher, float(alpha)), with_kwargs=True)
+            self._mixing[name] = hook
+
     def restore(self, names: Sequence[str] | None = None) -> None:
         """Puts the original modules back, with the very values they had at the swap.
 
@@ -99,6 +134,8 @@ class Handle:
             raise SwapError(f"restore({unknown}): not exchanged; exchanged are {', '.join(self._names) or 'none'}.")
         for name in names:
             kept = self._kept.pop(name)
+            if name in self._mixing:
+                self._mixing.pop(name).remove()
             student = self.model.get_submodule(name)
             with torch.no_grad():
                 _copy_state(kept.teacher, kept.original)
@@ -110,7 +147,8 @@ class Handle:
                 hook.remove()
 
     def discard_originals(self) -> None:
-        """Frees the copies of the original weights; `restore` and `disabled` are no longer possible."""
+        """Frees the copies of the original weights; `restore`, `disabled` and `mix` are no longer possible."""
+        self.mix(1.0)
         self._kept.clear()
 
     def fix_grid(self, grid: tuple[int, int] | None) -> None:
@@ -121,6 +159,17 @@ class Handle:
     def _need_originals(self, verb: str) -> None:
         if self._names and not self._kept:
             raise SwapError(f"handle.{verb}(): the originals were not kept; swap with SwapConfig(keep_original=True).")
+
+
+def _blend(teacher: nn.Module, alpha: float) -> Any:
+    """A forward hook that mixes a module's answer with its teacher's."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ours: Any) -> Any:
+        teacher.train(module.training)
+        theirs = teacher(*args, **kwargs)
+        return tree_map(lambda a, b: torch.lerp(a, b, alpha) if isinstance(a, Tensor) else a, theirs, ours)
+
+    return hook
 
 
 def swap_(model: nn.Module, plan: Plan) -> Handle:
@@ -179,11 +228,11 @@ def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Modul
     adapter = adapters()[row.adapter]
     mixer = adapter.build(site, tuple(row.region), config, grid)
     mixer.mrl_row = {"name": row.name, "adapter": row.adapter, "region": list(row.region), "config": _stored(config)}
-    seen, grid.fixed = grid.fixed, (row.region[0] + 1, row.region[1] + 2)
+    seen, grid.fixed = grid.fixed, adapter.probe_grid(site, tuple(row.region))
     try:
-        x = adapter.probe_input(site, grid.fixed, 2)
+        args, kwargs = adapter.call(adapter.probe_input(site, grid.fixed, 2))
         with torch.no_grad(), evaluating(mixer, site.module):
-            ours, theirs = mixer(x), site.module(x)
+            ours, theirs = mixer(*args, **kwargs), site.module(*args, **kwargs)
     finally:
         grid.fixed = seen
     if not _same_form(ours, theirs):

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mrl.errors import ConfigError
 from mrl.precision import has_bf16
 from mrl.run import progress
 from mrl.swap.apply import Handle
+from mrl.swap.calls import Call, normalised, rows_of
 from mrl.swap.modes import evaluating
 from mrl.swap.neutral import collect_statistics, search_temperature
 
@@ -225,44 +227,45 @@ class _Calibrator:
         total = dict.fromkeys(self.mixers, 0.0)
         chunks = self.held.split(32)
         for chunk in chunks:
-            for name, (x, y) in self._teacher(chunk).items():
-                total[name] += float(self._error(name, self.mixers[name](x), y)) * len(chunk)
+            for name, seen in self._teacher(chunk).items():
+                total[name] += float(self._error(name, seen.run(self.mixers[name]), seen.output)) * len(chunk)
         return {name: value / len(self.held) for name, value in total.items()}
 
-    def _error(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+    def _error(self, name: str, ours: Any, theirs: Any) -> Tensor:
         """Normalised squared error; prefix rows, where they are not exact by construction, count as a part of their own."""
+        ours, theirs = (rows_of(self.mixers[name], output) for output in (ours, theirs))
         prefix = self.mixers[name].mrl.num_prefix_tokens
         exact = self.mixers[name].mrl.config.prefix == "exact"
         ours, theirs = ours.float(), theirs.float()
-        parts = [_normalised(ours[:, prefix:], theirs[:, prefix:])]
+        parts = [normalised(ours[:, prefix:], theirs[:, prefix:])]
         if prefix and not exact:
-            parts.append(_normalised(ours[:, :prefix], theirs[:, :prefix]))
+            parts.append(normalised(ours[:, :prefix], theirs[:, :prefix]))
         return sum(parts) / len(parts)
 
     @torch.no_grad()
-    def _teacher(self, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Inputs and outputs of the original attention modules."""
+    def _teacher(self, images: Tensor) -> dict[str, Call]:
+        """Calls of the original attention modules and what they answered."""
         with self.handle.disabled(), self._recording() as seen, self.autocast():
             self.handle.model(images)
         return seen
 
     @torch.no_grad()
-    def _student(self, images: Tensor) -> dict[str, Tensor]:
-        """Inputs of the mixers in the swapped model."""
+    def _student(self, images: Tensor) -> dict[str, Call]:
+        """Calls of the mixers in the swapped model."""
         with self._recording() as seen, self.autocast():
             self.handle.model(images)
-        return {name: x for name, (x, _) in seen.items()}
+        return seen
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+    def _recording(self) -> Iterator[dict[str, Call]]:
+        seen: dict[str, Call] = {}
         hooks = []
         for name in self.mixers:
 
-            def keep(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-                seen[name] = (args[0], output)
+            def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+                seen[name] = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), output)
 
-            hooks.append(self.handle.model.get_submodule(name).register_forward_hook(keep))
+            hooks.append(self.handle.model.get_submodule(name).register_forward_hook(keep, with_kwargs=True))
         try:
             yield seen
         finally:
@@ -280,9 +283,10 @@ class _Calibrator:
 
         collect_statistics(list(self.mixers.values()), look)
         recorded = self._teacher(self.train[:TEMPERATURE_IMAGES].to(self.device))
-        for name, (x, y) in recorded.items():
+        for name, seen in recorded.items():
             search_temperature(
-                self.mixers[name].mrl, lambda x=x, y=y, name=name: self._error(name, self.mixers[name](x), y)
+                self.mixers[name].mrl,
+                lambda seen=seen, name=name: self._error(name, seen.run(self.mixers[name]), seen.output),
             )
         return 0
 
@@ -340,7 +344,7 @@ class _Calibrator:
             target = self._final(images)
         with self._last_block() as ours, self.autocast():
             found = self._final(images)
-        loss = self._feature_loss(found, target) + _normalised(ours[0].float(), theirs[0].float())
+        loss = self._feature_loss(found, target) + normalised(ours[0].float(), theirs[0].float())
         loss.backward()
         return float(loss.detach())
 
@@ -385,30 +389,24 @@ class _Calibrator:
 
     def _match_layers(self, images: Tensor, own: bool) -> float:
         """Gradients of all layers on one batch: on the teacher's activations, or on the student's with the teacher's module."""
-        pairs = self._teacher(images)
-        inputs = self._student(images) if own else {}
+        calls = self._student(images) if own else self._teacher(images)
         total = 0.0
-        for name, (x, y) in pairs.items():
-            if own:
-                x, y = inputs[name], self.teacher_output(name, inputs[name])
+        for name, call in calls.items():
+            target = self.teacher_output(name, call) if own else call.output
             with self.autocast():
-                ours = self.mixers[name](x.detach())
-            loss = self._error(name, ours, y)
+                ours = call.run(self.mixers[name])
+            loss = self._error(name, ours, target)
             loss.backward()
             total += float(loss.detach())
-        return total / len(pairs)
+        return total / len(calls)
 
     @torch.no_grad()
-    def teacher_output(self, name: str, x: Tensor) -> Tensor:
+    def teacher_output(self, name: str, call: Call) -> Any:
         """What the original attention makes of these tokens."""
         with self.handle.disabled(), self.autocast():
-            return self.handle.model.get_submodule(name)(x)
+            return call.run(self.handle.model.get_submodule(name))
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if not self.config.augment:
             return images
         return images.flip(-1) if torch.rand((), generator=generator) < 0.5 else images
-
-
-def _normalised(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)

@@ -111,7 +111,12 @@ class RegionCore(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, project: Project, norms: tuple[Norm, Norm] | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        project: Project,
+        norms: tuple[Norm, Norm] | None = None,
+        mask: Tensor | None = None,
+        rotate: Norm | None = None,
     ) -> Tensor:
         """Mixes the tokens.
 
@@ -120,15 +125,18 @@ class RegionCore(nn.Module):
             project: the inherited projections, tokens (B, n, C) -> q, k, v (B, n, A) each.
             norms: inherited norms of q and k, (B, n, A) -> same.
             mask: an additive or boolean attention mask that broadcasts to (B, heads, N, N).
+            rotate: the rotary positions of q and k at full resolution, (B, N, A) -> same; it comes before the pooling.
         """
         prefix = self.num_prefix_tokens
         height, width = self.grid.size(x.shape[1] - prefix)
         norm_q, norm_k = norms or (nn.Identity(), nn.Identity())
         full = None
-        if self.full_resolution:
+        early = self.config.reduce == "depthwise" or rotate is not None  # norms before the pooling, or after it
+        if self.full_resolution or rotate is not None:
             q, k, v = full = project(x)
-            if self.config.reduce == "depthwise":
+            if early:
                 q, k = norm_q(q), norm_k(k)
+                q, k = (q, k) if rotate is None else (rotate(q), rotate(k))
                 full = (q, k, v)
             tokens = [self._reduce(t, name, height, width) for t, name in zip((q, k, v), "qkv", strict=True)]
         else:
@@ -137,7 +145,7 @@ class RegionCore(nn.Module):
                 self._normed(t, name, height, width)
                 for t, name in zip(project(torch.cat([x[:, :prefix], pooled], 1)), "qkv", strict=True)
             ]
-        if self.config.reduce == "mean":
+        if not early:
             tokens[0], tokens[1] = norm_q(tokens[0]), norm_k(tokens[1])
             if full is not None:
                 full = (norm_q(full[0][:, :prefix]), norm_k(full[1]), full[2]) if prefix else full

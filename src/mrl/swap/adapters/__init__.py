@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from mrl.errors import ConfigError
 from mrl.swap.config import SwapConfig
 from mrl.swap.grid import Grid
 
@@ -38,7 +40,7 @@ class Site:
 
 
 class Adapter(Protocol):
-    """What a family provides."""
+    """What a family provides; `mrl.swap.adapters.base.AdapterBase` has the parts that are mostly the same."""
 
     name: str
     layout: str
@@ -50,7 +52,7 @@ class Adapter(Protocol):
         """A new grid for the site's network."""
 
     def hook_point(self, site: Site) -> nn.Module | None:
-        """The module whose output shows the grid."""
+        """The module whose output shows the grid, if there is one."""
 
     def build(self, site: Site, region: tuple[int, int], config: SwapConfig, grid: Grid) -> nn.Module:
         """The replacement, sharing the original's child modules."""
@@ -58,8 +60,42 @@ class Adapter(Protocol):
     def stand_in(self, mixer: nn.Module) -> nn.Module:
         """A module of the original's class and attributes with the mixer's inherited children, to describe the base."""
 
+    def call(self, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the network calls the module on these tokens: arguments and keyword arguments."""
+
+    def probe_grid(self, site: Site, region: tuple[int, int]) -> tuple[int, int]:
+        """A small grid on which a replacement is tried."""
+
     def probe_input(self, site: Site, grid: tuple[int, int], batch: int) -> torch.Tensor:
         """A random input of the module on this grid."""
+
+
+_ADDED: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Adds a family of attention modules that `mrl.plan` then knows; yours are asked before the built-in ones.
+
+    Args:
+        adapter: an object with the methods of `Adapter`, most simply a subclass of `mrl.swap.adapters.base.AdapterBase`;
+            `mrl.testing.check_adapter` tells whether it keeps the contract.
+
+    Raises:
+        ConfigError: a name that is taken, or a method that is missing.
+
+    Example:
+        >>> from mrl.swap.adapters.timm import TimmViT
+        >>> register_adapter(TimmViT())
+        Traceback (most recent call last):
+        mrl.errors.ConfigError: register_adapter: the name timm_vit is taken; give your adapter another.
+    """
+    methods = [n for n in vars(Adapter) if not n.startswith("_") and callable(getattr(Adapter, n))]
+    missing = [n for n in ("name", *methods) if not getattr(adapter, n, None)]
+    if missing:
+        raise ConfigError(f"register_adapter: {type(adapter).__name__} has no {', '.join(missing)}; see AdapterBase.")
+    if adapter.name in adapters():
+        raise ConfigError(f"register_adapter: the name {adapter.name} is taken; give your adapter another.")
+    _ADDED[adapter.name] = adapter
 
 
 def adapters() -> dict[str, Any]:
@@ -67,8 +103,16 @@ def adapters() -> dict[str, Any]:
 
     Example:
         >>> list(adapters())
-        ['timm_vit']
+        ['timm_vit', 'timm_rope', 'timm_beit', 'torch_attention']
     """
-    from mrl.swap.adapters.timm import TimmViT
+    return {**_ADDED, **_built_in()}
 
-    return {adapter.name: adapter for adapter in (TimmViT(),)}
+
+@functools.cache
+def _built_in() -> dict[str, Any]:
+    from mrl.swap.adapters.timm import TimmViT
+    from mrl.swap.adapters.timm_beit import TimmBeit
+    from mrl.swap.adapters.timm_rope import TimmRope
+    from mrl.swap.adapters.torch_nn import TorchAttention
+
+    return {adapter.name: adapter for adapter in (TimmViT(), TimmRope(), TimmBeit(), TorchAttention())}
