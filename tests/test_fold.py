@@ -70,6 +70,18 @@ def test_fold__common_qkv_attention(kv_stride, size):
     torch.testing.assert_close(attention.fold_()(x), y, atol=1e-11, rtol=1e-10)
 
 
+def test_fold__leaves_the_output_projection_to_whoever_wraps_it():
+    mixer = make({})
+    mixer.proj = nn.Sequential(mixer.proj, nn.Identity())
+    x = torch.randn(1, 5, 6, 16).double()
+    y = mixer(x)
+    torch.testing.assert_close(mixer.fold_()(x), y, atol=1e-11, rtol=1e-10)
+    basis = make({"qkv": "common"})
+    basis.basis.proj = nn.Sequential(basis.basis.proj)
+    with pytest.raises(ConfigError, match=r"fold_: basis\.proj is a Sequential"):
+        basis.fold_()
+
+
 def test_fold__saves_and_loads():
     mixer, other = make({}), make({"local_gain": 1.0})
     other.fold_()

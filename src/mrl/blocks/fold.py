@@ -52,9 +52,8 @@ def fold_(
     if any(mixer.folded is not None for mixer in mixers.values()):
         raise ConfigError("fold_: it is folded already; build or load the model again to fold it another way.")
     for name, mixer in mixers.items():
-        layers = {
-            n: m for n, m in mixer.named_modules() if n.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "proj")
-        }
+        names = ("q_proj", "k_proj", "v_proj", "basis.proj")
+        layers = {n: m for n, m in mixer.named_modules() if n in names}
         odd = next((n for n, m in layers.items() if type(m) is not nn.Linear), None)
         if odd is not None:
             raise ConfigError(
