@@ -150,9 +150,8 @@ class Stop(BaseException):
     """Ends a process between two updates, as far as the fit can tell."""
 
 
-@pytest.mark.parametrize(("at", "every"), [(1, 1e9), (4, 0.0), (5, 0.0), (5, 1e9), (8, 0.0)])
-def test_fit__exact_resume(sides, undisturbed, tmp_path, monkeypatch, at, every):
-    monkeypatch.setattr(fit_loop, "CHECKPOINT_SECONDS", every)
+def interrupt(monkeypatch, at, start):
+    """Runs `start()` until just after update `at`."""
     step = fit_loop.Loop._step
 
     def stop(self, batch):
@@ -163,7 +162,13 @@ def test_fit__exact_resume(sides, undisturbed, tmp_path, monkeypatch, at, every)
     with monkeypatch.context() as patch:
         patch.setattr(fit_loop.Loop, "_step", stop)
         with pytest.raises(Stop):
-            run(sides, tmp_path)
+            start()
+
+
+@pytest.mark.parametrize(("at", "every"), [(1, 1e9), (4, 0.0), (5, 0.0), (5, 1e9), (8, 0.0)])
+def test_fit__exact_resume(sides, undisturbed, tmp_path, monkeypatch, at, every):
+    monkeypatch.setattr(fit_loop, "CHECKPOINT_SECONDS", every)
+    interrupt(monkeypatch, at, lambda: run(sides, tmp_path))
     assert not (tmp_path / "fit.json").exists()
     run(sides, tmp_path)
     assert numbers(tmp_path) == numbers(undisturbed)

@@ -272,6 +272,12 @@ def test_net__exports_with_dynamic_batch(mixer_args):
             torch.testing.assert_close(program.module()(x[:size]), model(x[:size]), atol=1e-5, rtol=1e-5)
 
 
+def test_net__mixer_args_keep_the_variants_own():
+    model = timm.create_model("mrl_13_common_qkv", mixer_args={"reduce": "mean"}, device="meta")
+    mixers = [m for m in model.modules() if isinstance(m, RegionalLocalMixer)]
+    assert {(m.qkv, m.reduce) for m in mixers} == {("common", "mean")}
+
+
 @pytest.mark.slow
 @every_variant
 def test_net__compiles_without_a_graph_break(mixer_args):

@@ -22,7 +22,7 @@ from mrl.optimizer import cosine
 from mrl.run import read_json
 from mrl.tasks import Classification
 from pictures import class_folders
-from test_fit import SMALL, Stop, make_model, numbers, same_weights, sides  # noqa: F401
+from test_fit import SMALL, interrupt, make_model, numbers, same_weights, sides  # noqa: F401
 
 # name: lr, images an update, weight decay, warm-up epochs, lowest rate
 PUBLISHED = {
@@ -92,17 +92,7 @@ def from_scratch(sides, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize("at", [3, 6])
 def test_scratch__resumes_exactly(sides, from_scratch, tmp_path, monkeypatch, at):  # noqa: F811
     monkeypatch.setattr(fit_loop, "CHECKPOINT_SECONDS", 0.0)
-    step = fit_loop.Loop._step
-
-    def stop(self, batch):
-        step(self, batch)
-        if self.update == at:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_loop.Loop, "_step", stop)
-        with pytest.raises(Stop):
-            fit(make_model("test_mrl"), *sides, SCRATCH, tmp_path)
+    interrupt(monkeypatch, at, lambda: fit(make_model("test_mrl"), *sides, SCRATCH, tmp_path))
     fit(make_model("test_mrl"), *sides, SCRATCH, tmp_path)
     assert numbers(tmp_path) == numbers(from_scratch)
     assert same_weights(tmp_path / "best.safetensors", from_scratch / "best.safetensors")

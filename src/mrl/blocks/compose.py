@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl.blocks.regions import Region, region_grid, valid_counts
+from mrl.blocks.regions import Region, region_grid
 
 
 def compose(weight: Tensor, taps: Tensor) -> Tensor:
@@ -130,18 +130,3 @@ def tap_sums(taps: Tensor, height: int, width: int) -> Tensor:
     on_cols = torch.arange(grid_w * cols, device=taps.device).view(grid_w, cols) < width
     on_map = on_rows[:, None, :, None] & on_cols[None, :, None, :]  # (Hr, Wr, rows, cols)
     return on_map.flatten(2).to(taps.dtype) @ taps.flatten(1).T
-
-
-def ragged_factor(height: int, width: int, region: Region, like: Tensor) -> Tensor:
-    """What each region's depthwise sum is multiplied by: rows * cols / valid positions.
-
-    Shape:
-        returns (Hr, Wr, 1), in at least float32
-
-    Example:
-        >>> ragged_factor(3, 4, (2, 2), torch.ones(1)).flatten().tolist()
-        [1.0, 1.0, 2.0, 2.0]
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    counts = valid_counts(height, width, region, device=like.device, dtype=dtype)
-    return (region[0] * region[1] / counts)[..., None]

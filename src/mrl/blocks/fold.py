@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrl.blocks.common_qkv import CommonBasis, CommonQKVAttention, reduce_map
-from mrl.blocks.compose import compose, ragged_factor, region_patches, tap_sums
+from mrl.blocks.compose import compose, region_patches, tap_sums
 from mrl.blocks.group_conv import LocalGroupConv
 from mrl.blocks.mixer import RegionalLocalMixer
-from mrl.blocks.regions import RegionNorm, pad_to_regions, region_mean
+from mrl.blocks.regions import RegionNorm, pad_to_regions, ragged_factor, region_mean
 from mrl.errors import ConfigError
 
 Mixer = RegionalLocalMixer | CommonQKVAttention

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mrl.blocks.common_qkv import CommonBasis, check_heads, check_map
-from mrl.blocks.compose import compose, ragged_factor, region_linear, tap_sums
+from mrl.blocks.compose import compose, region_linear, tap_sums
 from mrl.blocks.group_conv import LocalGroupConv
 from mrl.blocks.regions import (
     LocalConv,
@@ -17,6 +17,7 @@ from mrl.blocks.regions import (
     attend,
     broadcast_regions,
     pad_to_regions,
+    ragged_factor,
     region_mean,
     region_pair,
     valid_counts,
@@ -44,7 +45,7 @@ class RegionalLocalMixer(nn.Module):
         group_size: channels the local convolution mixes together; 1 is depthwise, `dim` is dense.
         kernel_size: of the local convolution, odd; 1 mixes nothing locally.
         qkv: "separate", three projections (the paper's main block), or "common", three depthwise convolutions of one
-            projected basis at region resolution: about a third fewer multiply-adds in the block.
+            projected basis at region resolution: `mrl_13` falls from 4.64 to 3.64 GMACs.
         qkv_bias: whether the projections (the basis' one) have a bias.
         scale: factor on the logits; None is `head_dim ** -0.5`, the published networks use `dim ** -0.5`.
         local: "conv", the convolution of the paper's main block, or "p4m", followed by a 3 x 3 group convolution that

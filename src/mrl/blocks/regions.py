@@ -83,6 +83,21 @@ def valid_counts(
     return (valid_rows[:, None] * valid_cols).to(dtype)
 
 
+def ragged_factor(height: int, width: int, region: Region, like: Tensor) -> Tensor:
+    """What each region's depthwise sum is multiplied by: rows * cols / valid positions.
+
+    Shape:
+        returns (Hr, Wr, 1), in at least float32
+
+    Example:
+        >>> ragged_factor(3, 4, (2, 2), torch.ones(1)).flatten().tolist()
+        [1.0, 1.0, 2.0, 2.0]
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    counts = valid_counts(height, width, region, device=like.device, dtype=dtype)
+    return (region[0] * region[1] / counts)[..., None]
+
+
 def pad_to_regions(x: Tensor, region: Region) -> Tensor:
     """`x` with zeros on the right and bottom, up to a multiple of the region; `x` itself where nothing is missing.
 
@@ -246,9 +261,7 @@ class RegionConv(nn.Conv2d):
         tokens = super().forward(padded).permute(0, 2, 3, 1)  # (B, Hr, Wr, C)
         if height % rows == 0 and width % cols == 0:
             return tokens
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        counts = valid_counts(height, width, (rows, cols), device=x.device, dtype=dtype)
-        return (tokens * (rows * cols / counts)[..., None]).to(tokens.dtype)
+        return (tokens * ragged_factor(height, width, (rows, cols), x)).to(tokens.dtype)
 
 
 class RegionNorm(nn.BatchNorm2d):

@@ -41,6 +41,7 @@ def load_table(path: Path, flag: str = "--data") -> ImageSource:
         if len(row) > len(header):
             wrong.append(f"line {line}: {len(row)} fields under {len(header)} columns (quote fields that hold a comma)")
             continue
+        # A short row lacks its last columns, which `_sample` looks for.
         values = dict(zip(header, (cell.strip() for cell in row), strict=False))
         sample = _sample(path, values, line, wrong)
         if sample is None:

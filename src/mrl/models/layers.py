@@ -79,7 +79,8 @@ class Block(nn.Module):
     @torch.no_grad()
     def fold_activation_(self) -> None:
         """Rewrites x * sigmoid(1.702 x) as silu(1.702 x) / 1.702: one pass, the factors inside the layers."""
-        if isinstance(self.mlp.act, QuickGELU):
+        plain = type(self.mlp.fc1) is type(self.mlp.fc2) is nn.Linear  # not LoRA's: their weight is not all they do
+        if plain and isinstance(self.mlp.act, QuickGELU):
             self.mlp.fc1.weight.mul_(1.702)
             self.mlp.fc1.bias.mul_(1.702)
             self.mlp.fc2.weight.div_(1.702)

@@ -270,18 +270,15 @@ PYRAMID = (96, 192, 384, 768)
 
 def _create_mrl(variant: str, pretrained: bool, kwargs: dict[str, Any], **spec: Any) -> MRLNet:
     settings = {**spec, **kwargs}
+    settings["mixer_args"] = {**spec.get("mixer_args", {}), **(kwargs.get("mixer_args") or {})}  # the variant's stay
     feature_cfg = {"out_indices": tuple(range(len(settings["depths"]))), "feature_cls": "getter"}
     return build_model_with_cfg(MRLNet, variant, pretrained, feature_cfg=feature_cfg, **settings)
 
 
-def _mrl_13(variant: str, pretrained: bool, kwargs: dict[str, Any], **mixer_args: Any) -> MRLNet:
-    spec = {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
-    regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
-    return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
-
-
-def _mrl_21(variant: str, pretrained: bool, kwargs: dict[str, Any], **mixer_args: Any) -> MRLNet:
-    spec = {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
+def _mrl_three(
+    variant: str, pretrained: bool, kwargs: dict[str, Any], depths: tuple[int, ...], **mixer_args: Any
+) -> MRLNet:
+    spec = {"embed_dims": (64, 192, 384), "depths": depths, "num_heads": (1, 3, 6), "group_size": (1, 3, 6)}
     regional = {"region_size": (4, 4, 2), "drop_path_rate": (0.0, 0.0, 0.1)}
     return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
 
@@ -300,6 +297,7 @@ def _mrl_pyramid(
     return _create_mrl(variant, pretrained, kwargs, **spec, **regional, mixer_args=mixer_args)
 
 
+THIRTEEN, TWENTY_ONE = (1, 2, 10), (1, 4, 16)
 TINY = (6, (3, 6, 12, 24), (1, 2, 8, 4))
 SMALL = (18, (1, 2, 4, 8), (2, 2, 16, 2))
 HOVERNET = (8, (1, 2, 4, 8), (1, 2, 4, 8))
@@ -308,25 +306,25 @@ HOVERNET = (8, (1, 2, 4, 8), (1, 2, 4, 8))
 @register_model
 def mrl_13(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-13: 20.2 M parameters, 4.64 GMACs at 224 x 224."""
-    return _mrl_13("mrl_13", pretrained, kwargs)
+    return _mrl_three("mrl_13", pretrained, kwargs, THIRTEEN)
 
 
 @register_model
 def mrl_13_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-13 with a common basis for q, k and v: 17.1 M parameters, 3.64 GMACs at 224 x 224."""
-    return _mrl_13("mrl_13_common_qkv", pretrained, kwargs, qkv="common")
+    return _mrl_three("mrl_13_common_qkv", pretrained, kwargs, THIRTEEN, qkv="common")
 
 
 @register_model
 def mrl_21(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-21: 31.9 M parameters, 7.46 GMACs at 224 x 224."""
-    return _mrl_21("mrl_21", pretrained, kwargs)
+    return _mrl_three("mrl_21", pretrained, kwargs, TWENTY_ONE)
 
 
 @register_model
 def mrl_21_common_qkv(pretrained: bool = False, **kwargs: Any) -> MRLNet:
     """MRL-21 with a common basis for q, k and v."""
-    return _mrl_21("mrl_21_common_qkv", pretrained, kwargs, qkv="common")
+    return _mrl_three("mrl_21_common_qkv", pretrained, kwargs, TWENTY_ONE, qkv="common")
 
 
 @register_model

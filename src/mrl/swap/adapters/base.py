@@ -153,6 +153,14 @@ def device_hook(module: nn.Module) -> str:
     return ""
 
 
+def fused_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v of a fused projection `qkv` whose biases, if any, lie on the module as `q_bias`, `k_bias`, `v_bias`."""
+    qkv = module.qkv(x)
+    if module.q_bias is not None:
+        qkv = qkv + torch.cat((module.q_bias, module.k_bias, module.v_bias)).to(qkv.dtype)
+    return qkv.chunk(3, dim=-1)
+
+
 def headwise(norm: nn.Module | None, num_heads: int) -> Any:
     """A norm of single heads, as a function of (B, n, heads * d)."""
     if norm is None or isinstance(norm, nn.Identity):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
 from mrl.errors import SwapError
 from mrl.swap.adapters import Site
-from mrl.swap.adapters.base import AdapterBase, Swapped, owner_of, refusal
+from mrl.swap.adapters.base import AdapterBase, Swapped, fused_qkv, owner_of, refusal
 from mrl.swap.config import SwapConfig
 from mrl.swap.core import RegionCore
 from mrl.swap.grid import Grid
@@ -44,10 +43,7 @@ class SwappedBeitAttention(Swapped):
         return self.proj_drop(self.proj(self.mrl(x, self._project, None, bias)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        qkv = self.qkv(x)
-        if self.q_bias is not None:
-            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
-        return qkv.chunk(3, dim=-1)
+        return fused_qkv(self, x)
 
 
 class TimmBeit(AdapterBase):

@@ -9,7 +9,7 @@ from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 
 from mrl.swap.adapters import Site
-from mrl.swap.adapters.base import AdapterBase, owner_of, refusal
+from mrl.swap.adapters.base import AdapterBase, fused_qkv, owner_of, refusal
 from mrl.swap.adapters.timm import SwappedTimmAttention, checked_mask, timm_extras
 from mrl.swap.config import SwapConfig
 from mrl.swap.grid import Grid
@@ -42,10 +42,7 @@ class SwappedRopeAttention(SwappedTimmAttention):
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.qkv is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        qkv = self.qkv(x)
-        if self.q_bias is not None:
-            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
-        return qkv.chunk(3, dim=-1)
+        return fused_qkv(self, x)
 
 
 class TimmRope(AdapterBase):
