@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mrl-setup
 
-.PHONY: setup demo test test-demo test-slow test-browser bench lint format constraints
+.PHONY: setup demo test test-demo test-slow test-browser bench bench-recovery lint format constraints
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ test-browser: setup
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+bench-recovery: setup
+	$(BIN)/python benchmarks/recovery.py
 
 lint: setup
 	$(BIN)/ruff check .

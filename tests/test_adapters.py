@@ -124,7 +124,7 @@ def test_adapter__plans_saves_and_calibrates(family, tmp_path):
     handle = mrl.swap_(model, plan)
     small = mrl.swap.CalibrateConfig(min_updates=2, batch_size=2, epochs=0.1, feature_epochs=0.1, bf16=False)
     report = mrl.calibrate(handle, [images, images.flip(0)], config=small)
-    assert [stage.stage for stage in report.stages] == ["stats", "layers", "features"]
+    assert [stage.stage for stage in report.stages] == ["stats", "ridge", "layers", "features"]
     recipe = {"kind": "timm", "name": TIMM[family][1], "kwargs": TIMM[family][2]}
     mrl.save(model, tmp_path / "m", recipe=recipe)
     assert torch.equal(mrl.load(tmp_path / "m")(images), model.eval()(images))

@@ -1,14 +1,16 @@
 """Calibration: neutral statistics, falling held-out errors, nothing outside the mixers touched."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
 import torch
 
 import mrl
-from mrl.swap import SETTINGS, CalibrateConfig
+from mrl.swap import SETTINGS, CalibrateConfig, Plan, PlanRow, SwapConfig
 from mrl.swap.neutral import collect_statistics
+from mrl.swap.ridge import Ridge, fit_projections
 
 SHORT = CalibrateConfig(min_updates=30, epochs=1, feature_epochs=1, batch_size=8, bf16=False)
 
@@ -36,10 +38,13 @@ def images(n=48):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_calibrate__brings_every_layer_closer_on_held_out_images(swapped, setting):
     model, handle = swapped(setting)
-    untouched = {k: v.clone() for k, v in model.state_dict().items() if ".attn." not in k}
+    untouched = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("blocks.")}
     report = mrl.calibrate(handle, [images()], config=SHORT)
-    stats, layers, features = report.stages
-    assert (stats.stage, layers.stage, features.stage) == ("stats", "layers", "features")
+    assert [stage.stage for stage in report.stages] == ["stats", "ridge", "layers", "features"]
+    stats, ridge, layers, features = report.stages
+    assert ridge.updates == 0
+    assert ridge.mean_error_after < ridge.mean_error_before
+    assert all(ridge.error_after[n] <= ridge.error_before[n] for n in handle.names)
     assert (stats.updates, layers.updates, features.updates, report.updates) == (0, 30, 30, 60)
     assert features.mean_error_after < features.mean_error_before
     assert layers.mean_error_after < stats.mean_error_before
@@ -49,15 +54,27 @@ def test_calibrate__brings_every_layer_closer_on_held_out_images(swapped, settin
     assert set(report.to_dict()) >= {"stages", "updates", "seconds", "n_images", "layers"}
 
 
-def test_calibrate__the_undo_is_still_bit_exact(swapped):
+@pytest.mark.parametrize("scope", ["blocks", "mixers"])
+def test_calibrate__the_undo_is_still_bit_exact(swapped, scope):
     model, handle = swapped()
     x = images(2)
     with handle.disabled():
-        before = model(x)
-    mrl.calibrate(handle, [images()], config=SHORT)
-    assert not torch.equal(model(x), before)
+        before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    mrl.calibrate(handle, [images()], config=dataclasses.replace(SHORT, scope=scope))
+    changed = [
+        k for k, v in model.state_dict().items() if k in state and ".attn." not in k and not torch.equal(v, state[k])
+    ]
+    assert bool(changed) == (scope == "blocks")
+    assert all(name.startswith("blocks.") for name in changed)
+    student = model(x)
+    assert not torch.equal(student, before)
+    with handle.disabled():
+        assert torch.equal(model(x), before)
+    assert torch.equal(model(x), student)
+    handle.restore(handle.names[:1])
     handle.restore()
     assert torch.equal(model(x), before)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 def test_calibrate__the_same_seed_gives_the_same_weights(swapped):
@@ -84,7 +101,14 @@ def test_calibrate__a_stage_that_does_not_help_is_rejected(swapped):
     model, handle = swapped()
     state = copy.deepcopy(model.state_dict())
     config = CalibrateConfig(
-        min_updates=3, epochs=0.1, feature_epochs=0.1, batch_size=8, lr_new=30.0, lr_inherited=30.0, bf16=False
+        min_updates=3,
+        epochs=0.1,
+        feature_epochs=0.1,
+        batch_size=8,
+        lr_new=30.0,
+        lr_inherited=30.0,
+        lr_features=30.0,
+        bf16=False,
     )
     report = mrl.calibrate(handle, [images()], stages=("layers", "features"), config=config)
     for stage in report.stages:
@@ -116,6 +140,8 @@ def test_calibrate__wrong_input_is_one_sentence(swapped, loader, stages, message
         "batch_size",
         "lr_new",
         "lr_inherited",
+        "lr_features",
+        "scope",
         "held_out",
         "max_images",
         "augment",
@@ -124,9 +150,9 @@ def test_calibrate__wrong_input_is_one_sentence(swapped, loader, stages, message
     ],
 )
 def test_calibrate_config__every_field_changes_the_result(swapped, field):
-    base = {"epochs": 1, "feature_epochs": 1, "min_updates": 4, "batch_size": 8, "lr_new": 1e-3, "lr_inherited": 1e-4, "held_out": 0.1, "max_images": 48, "augment": True,
+    base = {"epochs": 1, "feature_epochs": 1, "min_updates": 4, "batch_size": 8, "lr_new": 1e-3, "lr_inherited": 1e-4, "lr_features": 1e-4, "scope": "blocks", "held_out": 0.1, "max_images": 48, "augment": True,
             "bf16": False, "seed": 0}  # fmt: skip
-    other = {"epochs": 3, "feature_epochs": 3, "min_updates": 9, "batch_size": 4, "lr_new": 1e-2, "lr_inherited": 1e-3, "held_out": 0.3, "max_images": 20, "augment": False,
+    other = {"epochs": 3, "feature_epochs": 3, "min_updates": 9, "batch_size": 4, "lr_new": 1e-2, "lr_inherited": 1e-3, "lr_features": 1e-3, "scope": "mixers", "held_out": 0.3, "max_images": 20, "augment": False,
              "bf16": True, "seed": 1}  # fmt: skip
     found = []
     for values in (base, {**base, field: other[field]}):
@@ -134,3 +160,86 @@ def test_calibrate_config__every_field_changes_the_result(swapped, field):
         mrl.calibrate(handle, [images()], config=CalibrateConfig(**values))
         found.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert not torch.equal(*found)
+
+
+def test_calibrate__layers_over_the_budget_are_restored(swapped):
+    _, handle = swapped()
+    reference = mrl.calibrate(handle, [images()], config=SHORT).to_dict()
+    errors = reference["layers"]
+    assert reference["restored"] == []
+    _, handle = swapped()
+    between = sum(errors.values()) / 2
+    report = mrl.calibrate(
+        handle, [images()], config=dataclasses.replace(SHORT, scope="mixers", feature_epochs=0.1, budget=between)
+    )
+    assert report.restored
+    assert set(report.restored).isdisjoint(handle.names)
+    assert report.to_dict()["restored"] == report.restored
+    everything = swapped()[1]
+    mrl.calibrate(everything, [images()], stages=("stats",), config=dataclasses.replace(SHORT, budget=0.0))
+    assert everything.names == []
+
+
+def test_ridge__recovers_a_planted_projection_and_leaves_what_it_cannot_help():
+    linear = torch.nn.Linear(6, 4)
+    start, y = linear.weight.detach().clone(), torch.randn(500, 6)
+    target = y @ torch.randn(4, 6).T + 3
+    sums = Ridge(linear)
+    for part in y.split(100):
+        sums.add(part, target[: len(part)])
+        target = target[len(part) :]
+    weight, bias = sums.solve(1e-9)
+    assert torch.allclose(bias, torch.full((4,), 3.0), atol=1e-4)
+    stiff, _ = sums.solve(1e6)
+    assert torch.allclose(stiff, start, atol=1e-4)  # pulled toward what was inherited
+    assert not torch.allclose(weight, start, atol=1e-2)
+    fit_projections({"a": sums}, lambda: {"a": float((linear.weight - start).abs().sum())})
+    assert torch.equal(linear.weight, start)
+
+
+def planned(*times):
+    row = {
+        "kind": "A",
+        "adapter": "timm_vit",
+        "input": "",
+        "prefix_tokens": 0,
+        "grid_from": "",
+        "extras": [],
+        "region": (2, 2),
+        "action": "swap",
+    }
+    rows = [PlanRow(name=n, **row, block_latency_ms_before=b, block_latency_ms_after=a) for n, b, a in times]
+    return Plan(rows, SwapConfig())
+
+
+def test_select__spends_the_budget_where_it_buys_most():
+    plan = planned(("a", 4.0, 2.0), ("b", 4.0, 3.0), ("c", 4.0, 3.0), ("d", 4.0, 5.0))
+    errors = {"a": 0.3, "b": 0.1, "c": 0.2, "d": 0.0}
+    assert mrl.select(plan, errors, max_error=0.1) == ["b"]
+    assert mrl.select(plan, errors, max_error=0.41) == ["a", "b"]
+    assert mrl.select(plan, errors, max_error=9) == ["a", "b", "c"]  # d would be slower
+    assert mrl.select(plan, errors, max_latency_ratio=0.95) == ["b"]
+    assert mrl.select(plan, errors, max_latency_ratio=0.82) == ["a", "b"]
+    assert mrl.select(plan, errors, max_latency_ratio=0.75) == ["a", "b", "c"]
+    for told, message in (
+        ({}, "either"),
+        ({"max_error": 1, "max_latency_ratio": 0.5}, "either"),
+        ({"max_latency_ratio": 0.5}, "reach 0.75"),
+    ):
+        with pytest.raises(mrl.ConfigError, match=message):
+            mrl.select(plan, errors, **told)
+    with pytest.raises(mrl.ConfigError, match="no error is given for b"):
+        mrl.select(plan, {"a": 1.0}, max_error=1)
+    with pytest.raises(mrl.ConfigError, match="no times"):
+        mrl.select(planned(("a", None, None)), {"a": 1.0}, max_error=1)
+
+
+def test_plan__says_when_it_cannot_pay_off():
+    plan = planned(("a", 4.0, 4.4))
+    assert plan.advice == ""
+    plan.predicted_latency_ratio = 1.1
+    plan.rows[0].tokens_before = 65
+    assert "cannot pay off" in str(plan)
+    assert "65 tokens" in plan.advice
+    plan.predicted_latency_ratio = 0.6
+    assert plan.advice == ""

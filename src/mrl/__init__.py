@@ -18,6 +18,7 @@ _LAZY = {
     "plan": "mrl.swap",
     "swap_": "mrl.swap",
     "calibrate": "mrl.swap",
+    "select": "mrl.swap",
     "save": "mrl.swap",
     "load": "mrl.swap",
     "register_adapter": "mrl.swap.adapters",

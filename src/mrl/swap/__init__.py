@@ -2,9 +2,11 @@
 
 from mrl.models.build import MODEL_LOADERS
 from mrl.swap.apply import Handle, swap_
-from mrl.swap.calibrate import CalibrateConfig, CalibrationReport, StageReport, calibrate
+from mrl.swap.calibrate import calibrate
+from mrl.swap.calibration import CalibrateConfig, CalibrationReport, StageReport
 from mrl.swap.config import SETTINGS, SwapConfig
 from mrl.swap.plan import Plan, PlanRow, plan
+from mrl.swap.select import select
 from mrl.swap.store import load, save
 
 MODEL_LOADERS["folder"] = load
@@ -22,5 +24,6 @@ __all__ = [
     "load",
     "plan",
     "save",
+    "select",
     "swap_",
 ]

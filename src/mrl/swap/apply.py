@@ -56,6 +56,7 @@ class Handle:
         self._grids, self._kept, self._hooks = grids, kept, hooks
         self._names = list(plan.names)
         self._mixing: dict[str, Any] = {}
+        self._values: dict[str, Tensor] = {}  # what calibration changes beside the mixers, as it was at the swap
 
     @property
     def names(self) -> list[str]:
@@ -80,8 +81,10 @@ class Handle:
                 teacher = self._kept[name].teacher
                 teacher.train(student.training)
                 put(self.model, name, teacher)
+            self._exchange_values()
             yield self.model
         finally:
+            self._exchange_values()
             for name, student in students.items():
                 put(self.model, name, student)
 
@@ -118,6 +121,25 @@ class Handle:
             hook = student.register_forward_hook(_blend(teacher, float(alpha)), with_kwargs=True)
             self._mixing[name] = hook
 
+    def block_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the blocks around the mixers that are not the mixers' own, by name."""
+        own = tuple(f"{name}." for name in self.names)
+        around = tuple(f"{name.rpartition('.')[0]}." for name in self.names if "." in name)
+        found = self.model.named_parameters()
+        return {name: p for name, p in found if name.startswith(around) and not name.startswith(own)}
+
+    def keep_blocks(self) -> None:
+        """Remembers the blocks' other parameters, so that training them can be undone like the swap itself."""
+        self._need_originals("keep_blocks")
+        for name, parameter in self.block_parameters().items():
+            self._values.setdefault(name, parameter.detach().clone())
+
+    def _exchange_values(self) -> None:
+        """Swaps the blocks' remembered parameters with what they are now."""
+        for name, value in self._values.items():
+            parameter = self.model.get_parameter(name)
+            parameter.data, self._values[name] = value, parameter.data
+
     def restore(self, names: Sequence[str] | None = None) -> None:
         """Puts the original modules back, with the very values they had at the swap.
 
@@ -138,9 +160,14 @@ class Handle:
                 self._mixing.pop(name).remove()
             student = self.model.get_submodule(name)
             with torch.no_grad():
-                _copy_state(kept.teacher, kept.original)
+                _copy_state(getattr(kept.teacher, "inner", kept.teacher), kept.original)
             kept.original.train(student.training)
             put(self.model, name, kept.original)
+            around = name.rpartition(".")[0] + "."
+            with torch.no_grad():
+                for part in [n for n in self._values if n.startswith(around)]:
+                    self.model.get_parameter(part).copy_(self._values.pop(part))
+            adapters()[student.mrl_row["adapter"]].leave(parent_of(self.model, name))
             self._names.remove(name)
         if not self._names:
             for hook in self._hooks:
@@ -150,6 +177,7 @@ class Handle:
         """Frees the copies of the original weights; `restore`, `disabled` and `mix` are no longer possible."""
         self.mix(1.0)
         self._kept.clear()
+        self._values.clear()
 
     def fix_grid(self, grid: tuple[int, int] | None) -> None:
         """Fixes the (H, W) of the tokens, for an export to one size; None goes back to looking."""
@@ -213,10 +241,12 @@ def swap_(model: nn.Module, plan: Plan) -> Handle:
     kept = {}
     if plan.config.keep_original:
         for name in built:
-            teacher = copy.deepcopy(plan.sites[name].module).requires_grad_(False)
-            kept[name] = _Kept(plan.sites[name].module, teacher)
+            site = plan.sites[name]
+            teacher = copy.deepcopy(adapters()[site.adapter].original(site)).requires_grad_(False)
+            kept[name] = _Kept(site.module, teacher)
     for name, mixer in built.items():
         put(model, name, mixer)
+        adapters()[plan.sites[name].adapter].enter(parent_of(model, name))
     hooks = [point.register_forward_hook(grid) for grid, point in networks.values() if point is not None]
     handle = Handle(model, plan, [grid for grid, _ in networks.values()], kept, hooks)
     plan.sites = {}
@@ -230,9 +260,9 @@ def _build(site: Site, row: PlanRow, config: SwapConfig, grid: Grid) -> nn.Modul
     mixer.mrl_row = {"name": row.name, "adapter": row.adapter, "region": list(row.region), "config": _stored(config)}
     seen, grid.fixed = grid.fixed, adapter.probe_grid(site, tuple(row.region))
     try:
-        args, kwargs = adapter.call(adapter.probe_input(site, grid.fixed, 2))
+        args, kwargs = adapter.call(site, adapter.probe_input(site, grid.fixed, 2), grid.fixed)
         with torch.no_grad(), evaluating(mixer, site.module):
-            ours, theirs = mixer(*args, **kwargs), site.module(*args, **kwargs)
+            ours, theirs = mixer(*args, **kwargs), adapter.original(site)(*args, **kwargs)
     finally:
         grid.fixed = seen
     if not _same_form(ours, theirs):
@@ -248,6 +278,9 @@ def _stored(config: SwapConfig) -> dict[str, Any]:
 
 
 def _same_form(a: Any, b: Any) -> bool:
+    """Whether two answers have one form, where None may stand for weights that are not computed."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        a, b = zip(*((x, None if x is None else y) for x, y in zip(a, b, strict=True)), strict=True)
     return _form(a) == _form(b) and all(
         torch.isfinite(t).all() for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)
     )
@@ -272,6 +305,11 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Sets a submodule by its dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def parent_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds a submodule of this dotted name."""
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _copy_state(source: nn.Module, target: nn.Module) -> None:

@@ -24,6 +24,7 @@ class Call:
 def rows_of(mixer: nn.Module, output: Any) -> Tensor:
     """The tokens (B, N, C) of what an attention module returned."""
     tokens = output[0] if isinstance(output, (tuple, list)) else output
+    tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # (B, H, W, C)
     return tokens.transpose(0, 1) if getattr(mixer, "sequence_first", False) else tokens
 
 

@@ -14,6 +14,7 @@ from mrl.blocks.regions import (
     RegionNorm,
     attend,
     broadcast_regions,
+    region_grid,
     region_mean,
     valid_counts,
 )
@@ -41,6 +42,7 @@ class RegionCore(nn.Module):
         num_prefix_tokens: leading tokens that are not on the grid.
         config: the choices of the swap.
         grid: where (H, W) comes from.
+        queries_only: the network reduces keys and values itself (PVT, SegFormer, CvT): only q is pooled, by `query`.
         device: of the new parameters.
         dtype: of the new parameters.
 
@@ -69,6 +71,7 @@ class RegionCore(nn.Module):
         config: SwapConfig,
         grid: Grid,
         *,
+        queries_only: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,10 +80,10 @@ class RegionCore(nn.Module):
             raise SwapError(f"SwapConfig(group_size={config.group_size}): {dim} channels are not a multiple of it.")
         self.dim, self.num_heads, self.scale, self.region = dim, num_heads, scale, region
         self.num_prefix_tokens, self.config, self.grid = num_prefix_tokens, config, grid
-        self.attn_drop = 0.0
+        self.attn_drop, self.reduced = 0.0, "q" if queries_only else "qkv"
         new = {"device": device, "dtype": dtype}
         depthwise = config.reduce == "depthwise"
-        for name in "qkv":
+        for name in self.reduced:
             self.add_module(f"reduce_{name}", RegionConv(dim, region, **new) if depthwise else None)
             self.add_module(f"norm_{name}", RegionNorm(dim, device=device))
         self.local = LocalConv(dim, 3, config.group_size, **new)
@@ -93,7 +96,7 @@ class RegionCore(nn.Module):
 
     def reset_parameters(self) -> None:
         """Average regions, neutral norms, a delta convolution."""
-        for name in "qkv":
+        for name in self.reduced:
             conv, norm = getattr(self, f"reduce_{name}"), getattr(self, f"norm_{name}")
             if conv is not None:
                 conv.init_average_()
@@ -117,6 +120,10 @@ class RegionCore(nn.Module):
         norms: tuple[Norm, Norm] | None = None,
         mask: Tensor | None = None,
         rotate: Norm | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        source: Tensor | None = None,
+        region_bias: Tensor | None = None,
     ) -> Tensor:
         """Mixes the tokens.
 
@@ -126,9 +133,12 @@ class RegionCore(nn.Module):
             norms: inherited norms of q and k, (B, n, A) -> same.
             mask: an additive or boolean attention mask that broadcasts to (B, heads, N, N).
             rotate: the rotary positions of q and k at full resolution, (B, N, A) -> same; it comes before the pooling.
+            size: (H, W) where the call itself tells; None asks the grid.
+            source: the module's input where `x` carries more than it, (B, N, C).
+            region_bias: added to the logits of region tokens, (1, heads, R, R).
         """
         prefix = self.num_prefix_tokens
-        height, width = self.grid.size(x.shape[1] - prefix)
+        height, width = size or self.grid.size(x.shape[1] - prefix)
         norm_q, norm_k = norms or (nn.Identity(), nn.Identity())
         full = None
         early = self.config.reduce == "depthwise" or rotate is not None  # norms before the pooling, or after it
@@ -149,9 +159,55 @@ class RegionCore(nn.Module):
             tokens[0], tokens[1] = norm_q(tokens[0]), norm_k(tokens[1])
             if full is not None:
                 full = (norm_q(full[0][:, :prefix]), norm_k(full[1]), full[2]) if prefix else full
-        region_out, prefix_out = self._attend(tokens, full, mask, height, width)
-        out = self._local(x, full, region_out, height, width)
+        region_out, prefix_out = self._attend(tokens, full, mask, height, width, region_bias)
+        inputs = x if source is None else source
+        value = inputs if full is None or self.config.local_source == "input" else full[2]
+        out = self._local(value[:, prefix:], region_out, height, width)
         return out if prefix_out is None else torch.cat([prefix_out, out], 1)
+
+    def query(
+        self, x: Tensor, project: Norm, k: Tensor, v: Tensor, source: Tensor, size: tuple[int, int], mask: Tensor | None
+    ) -> Tensor:
+        """Mixes where the network reduced keys and values itself: only the queries become one a region.
+
+        What precedes the H * W positions in `x` are prefix tokens; they keep their own queries, so their rows stay exact.
+        The local source is the module's input, because values exist at the network's own resolution only.
+
+        Args:
+            x: what the queries are projected from, (B, P + H * W, C).
+            project: the inherited projection, (B, n, C) -> (B, n, A).
+            k: keys, (B, M, A).
+            v: values, (B, M, A).
+            source: the module's input, (B, P + H * W, A).
+            size: (H, W).
+            mask: additive or boolean, broadcasting to (B, heads, N, M).
+
+        Returns:
+            (B, P + H * W, A).
+        """
+        height, width = size
+        prefix = x.shape[1] - height * width
+        if prefix < 0:
+            raise SwapError(
+                f"{x.shape[1]} tokens came with a grid of {height} x {width}; tokens were dropped on the way."
+            )
+        head = project(x[:, :prefix]) if prefix else None
+        conv, patches = self.reduce_q, x[:, prefix:]
+        if conv is None:
+            regions = project(region_mean(patches.unflatten(1, size), self.region).flatten(1, 2))
+            regions = regions.unflatten(1, region_grid(height, width, self.region))
+        else:
+            regions = conv(project(patches).unflatten(1, size))
+        q = self.norm_q(regions).flatten(1, 2)
+        q = q if head is None else torch.cat([head, q], 1)
+        if mask is not None:
+            mask = _additive(mask, torch.float32)
+            if mask.shape[-2] > 1:
+                mask = torch.log(self._averages(height, width, q, prefix) @ torch.exp(mask.clamp(min=-1e30)))
+        drop = self.attn_drop if self.training else 0.0
+        out = attend(q, k, v, self.num_heads, self.scale, key_bias=mask, dropout_p=drop)
+        mixed = self._local(source[:, prefix:], out[:, prefix:], height, width)
+        return torch.cat([out[:, :prefix], mixed], 1) if prefix else mixed
 
     def _reduce(self, t: Tensor, name: str, height: int, width: int) -> Tensor:
         """Full-resolution tokens (B, P + H*W, A) -> prefix and region tokens (B, P + R, A)."""
@@ -170,15 +226,23 @@ class RegionCore(nn.Module):
         return torch.cat([t[:, :prefix], regions], 1) if prefix else regions
 
     def _attend(
-        self, tokens: list[Tensor], full: tuple[Tensor, ...] | None, mask: Tensor | None, height: int, width: int
+        self,
+        tokens: list[Tensor],
+        full: tuple[Tensor, ...] | None,
+        mask: Tensor | None,
+        height: int,
+        width: int,
+        region_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of region tokens, and of prefix tokens as the configuration says."""
         prefix, q = self.num_prefix_tokens, tokens[0]
         exact = prefix > 0 and self.config.prefix == "exact"
         drop = self.attn_drop if self.training else 0.0
         bias = self._key_bias(height, width, q)
+        if region_bias is not None:
+            bias = (region_bias if bias is None else region_bias + bias).to(q.dtype)
         if mask is not None:
-            pooled = _pool_mask(mask, self._averages(height, width, q))
+            pooled = _pool_mask(mask, self._averages(height, width, q, prefix))
             bias = (pooled if bias is None else pooled + bias).to(q.dtype)
         if exact:
             region_bias = bias[..., prefix:, :] if mask is not None else bias
@@ -201,9 +265,9 @@ class RegionCore(nn.Module):
         bias = torch.log(counts if prefix else counts / area)
         return torch.cat([bias.new_zeros(prefix), bias]).to(like.dtype)
 
-    def _averages(self, height: int, width: int, like: Tensor) -> Tensor:
+    def _averages(self, height: int, width: int, like: Tensor, prefix: int) -> Tensor:
         """The (P + R, P + H*W) matrix that averages the valid positions of each region and copies prefix tokens."""
-        prefix, (rows, cols) = self.num_prefix_tokens, self.region
+        rows, cols = self.region
         across = math.ceil(width / cols)
         y = torch.arange(height, device=like.device) // rows
         x = torch.arange(width, device=like.device) // cols
@@ -212,13 +276,12 @@ class RegionCore(nn.Module):
         member = torch.nn.functional.one_hot(owner).T.to(torch.float32)
         return member / member.sum(1, keepdim=True)
 
-    def _local(self, x: Tensor, full: tuple[Tensor, ...] | None, regions: Tensor, height: int, width: int) -> Tensor:
-        """Broadcast to every position, add the local source, convolve: (B, R, A) -> (B, H*W, A)."""
+    def _local(self, source: Tensor, regions: Tensor, height: int, width: int) -> Tensor:
+        """Broadcast to every position, add the local source (B, H*W, A), convolve: (B, R, A) -> (B, H*W, A)."""
         rows = math.ceil(height / self.region[0])
         mixed = broadcast_regions(regions.unflatten(1, (rows, -1)), height, width, self.region)
         if isinstance(self.local_gain, Tensor) or self.local_gain != 0:
-            source = x if self.config.local_source == "input" else full[2]
-            mixed = mixed + self.local_gain * source[:, self.num_prefix_tokens :].unflatten(1, (height, width))
+            mixed = mixed + self.local_gain * source.unflatten(1, (height, width))
         return self.local(mixed).flatten(1, 2)
 
     def extra_repr(self) -> str:
@@ -236,5 +299,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _pool_mask(mask: Tensor, averages: Tensor) -> Tensor:
     """The log of the mean of exp(mask) over the pairs of two regions, up to a constant a query, which softmax ignores."""
     logits = _additive(mask, torch.float32)
+    logits = logits.expand(*logits.shape[:-2], logits.shape[-1], -1)
     logits = logits - logits.amax(dim=-1, keepdim=True).clamp(min=-1e30)
     return torch.log(averages @ torch.exp(logits) @ averages.T)

@@ -40,7 +40,10 @@ class Grid:
         if (
             self.seen not in (None, seen)
             and torch.is_grad_enabled()
-            and getattr(self.owner[0], "grad_checkpointing", False)
+            and (
+                getattr(self.owner[0], "grad_checkpointing", False)  # timm
+                or getattr(self.owner[0], "is_gradient_checkpointing", False)  # transformers
+            )
         ):
             raise SwapError(
                 f"gradient checkpointing with images of two sizes (tokens {self.seen} and {seen}): the second pass could "

@@ -13,7 +13,9 @@ from mrl.errors import SwapError
 from mrl.swap.adapters import Site, adapters
 from mrl.swap.config import Region, SwapConfig, region_of
 from mrl.swap.match import Target, closest, selected
+from mrl.swap.refused import refused
 
+WORTH = 0.95  # a predicted time above this share of the original's is not worth a swap
 LATER = "no adapter for this class in this version"
 
 
@@ -39,6 +41,8 @@ class PlanRow:
         gmacs_before: multiply-adds for one image, in 1e9.
         gmacs_after: the same after the swap.
         predicted_latency_ratio: time of the block around it after / before; below 1 is faster.
+        block_latency_ms_before: median time of that block now, on the whole batch of `example_inputs`.
+        block_latency_ms_after: the same after the swap.
     """
 
     name: str
@@ -58,6 +62,8 @@ class PlanRow:
     gmacs_before: float | None = None
     gmacs_after: float | None = None
     predicted_latency_ratio: float | None = None
+    block_latency_ms_before: float | None = None
+    block_latency_ms_after: float | None = None
 
 
 @dataclass
@@ -79,6 +85,17 @@ class Plan:
     def names(self) -> list[str]:
         """The modules that would be exchanged."""
         return [row.name for row in self.rows if row.action == "swap"]
+
+    @property
+    def advice(self) -> str:
+        """What the predicted time means; empty where nothing was timed or the swap pays off."""
+        if self.predicted_latency_ratio is None or self.predicted_latency_ratio < WORTH:
+            return ""
+        tokens = max(row.tokens_before or 0 for row in self.rows)
+        return (
+            f"It cannot pay off in time at this image size: with {tokens} tokens attention is a small share of a block's "
+            "time. Larger images, larger regions or --swap cheap may."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a run's `plan.json`."""
@@ -105,6 +122,7 @@ class Plan:
             )
         if self.predicted_latency_ratio is not None:
             lines.append(f"predicted time of all blocks after / before: x{self.predicted_latency_ratio:.2f}")
+            lines += [self.advice] if self.advice else []
         return "\n".join(lines)
 
 
@@ -185,12 +203,12 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 found[name] = site
                 break
         else:
-            known = isinstance(module, nn.MultiheadAttention) or (
-                "Attention" in type(module).__name__ and any(True for _ in module.parameters())
-            )
-            if known and name:
-                found[name] = Site(name, module, reason=LATER)
-    return found
+            kind = type(module).__name__
+            reason = refused(kind)
+            if name and (reason or ("Attention" in kind and any(True for _ in module.parameters()))):
+                found[name] = Site(name, module, reason=reason or LATER)
+    inner = [name for name, site in found.items() if site.adapter]
+    return {n: s for n, s in found.items() if s.adapter or not any(name.startswith(n + ".") for name in inner)}
 
 
 def _choose(

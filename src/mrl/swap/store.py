@@ -16,7 +16,7 @@ from mrl.errors import ConfigError, SwapError
 from mrl.models.build import build_from_recipe
 from mrl.run import environment, refuse_existing, writing
 from mrl.swap.adapters import adapters
-from mrl.swap.apply import put, swap_
+from mrl.swap.apply import parent_of, put, swap_
 from mrl.swap.config import SwapConfig
 from mrl.swap.plan import Plan, find_sites, plan_row
 from mrl.swap.recipe import recipe_of
@@ -165,11 +165,14 @@ def _recipe_without_swap(model: nn.Module, swap: dict[str, Any] | None) -> dict[
     mixers = {row["name"]: model.get_submodule(row["name"]) for row in swap["rows"]}
     try:
         for row in swap["rows"]:
-            put(model, row["name"], adapters()[row["adapter"]].stand_in(mixers[row["name"]]))
+            adapter = adapters()[row["adapter"]]
+            put(model, row["name"], adapter.stand_in(mixers[row["name"]]))
+            adapter.leave(parent_of(model, row["name"]))
         return recipe_of(model)
     finally:
         for name, mixer in mixers.items():
             put(model, name, mixer)
+            adapters()[mixer.mrl_row["adapter"]].enter(parent_of(model, name))
 
 
 def _apply(model: nn.Module, swap: dict[str, Any]) -> None:

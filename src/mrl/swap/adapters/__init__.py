@@ -27,6 +27,7 @@ class Site:
         extras: what is handled besides plain attention, for the plan's table.
         reason: why it cannot be swapped; empty where it can.
         adapter: name of the adapter that answered.
+        hook: the module whose output (B, C, H, W) shows the grid, where the adapter does not find it by the owner.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site:
     extras: list[str] = field(default_factory=list)
     reason: str = ""
     adapter: str = ""
+    hook: nn.Module | None = None
 
 
 class Adapter(Protocol):
@@ -60,8 +62,20 @@ class Adapter(Protocol):
     def stand_in(self, mixer: nn.Module) -> nn.Module:
         """A module of the original's class and attributes with the mixer's inherited children, to describe the base."""
 
-    def call(self, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def original(self, site: Site) -> nn.Module:
+        """The module that is exchanged, in the form in which it is called once `enter` was."""
+
+    def enter(self, parent: nn.Module) -> None:
+        """Prepares what surrounds the module, where it must call a replacement otherwise than the original."""
+
+    def leave(self, parent: nn.Module) -> None:
+        """Undoes `enter`."""
+
+    def call(self, site: Site, x: torch.Tensor, grid: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """How the network calls the module on these tokens: arguments and keyword arguments."""
+
+    def call_grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """The (H, W) that a call itself tells; None where it does not."""
 
     def probe_grid(self, site: Site, region: tuple[int, int]) -> tuple[int, int]:
         """A small grid on which a replacement is tried."""
@@ -103,16 +117,20 @@ def adapters() -> dict[str, Any]:
 
     Example:
         >>> list(adapters())
-        ['timm_vit', 'timm_rope', 'timm_beit', 'torch_attention']
+        ['timm_vit', 'timm_rope', 'timm_beit', 'windows', 'pyramid', 'transformers_vit', 'torch_attention']
     """
     return {**_ADDED, **_built_in()}
 
 
 @functools.cache
 def _built_in() -> dict[str, Any]:
+    from mrl.swap.adapters.pyramid import Pyramid
     from mrl.swap.adapters.timm import TimmViT
     from mrl.swap.adapters.timm_beit import TimmBeit
     from mrl.swap.adapters.timm_rope import TimmRope
     from mrl.swap.adapters.torch_nn import TorchAttention
+    from mrl.swap.adapters.transformers_vit import TransformersViT
+    from mrl.swap.adapters.windows import Windows
 
-    return {adapter.name: adapter for adapter in (TimmViT(), TimmRope(), TimmBeit(), TorchAttention())}
+    known = (TimmViT(), TimmRope(), TimmBeit(), Windows(), Pyramid(), TransformersViT(), TorchAttention())
+    return {adapter.name: adapter for adapter in known}

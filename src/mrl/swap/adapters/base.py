@@ -46,7 +46,7 @@ class Swapped(nn.Module):
         nn.Module.__init__(module)
         vars(module).update(self.original)
         for name in self.inherited:
-            if getattr(self, name) is not None:
+            if getattr(self, name, None) is not None:
                 module.add_module(name, getattr(self, name))
         for name in self.own:
             if name in self._buffers:
@@ -80,9 +80,23 @@ class AdapterBase:
         """Channels of the module's input."""
         return site.module.qkv.in_features
 
-    def call(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def original(self, site: Site) -> nn.Module:
+        """The module that is exchanged, in the form in which it is called once `enter` was."""
+        return site.module
+
+    def enter(self, parent: nn.Module) -> None:
+        """Prepares what surrounds the module, where it must call a replacement otherwise than the original."""
+
+    def leave(self, parent: nn.Module) -> None:
+        """Undoes `enter`."""
+
+    def call(self, site: Site, x: Tensor, grid: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """How the network calls the module on these tokens: arguments and keyword arguments."""
         return (x,), {}
+
+    def call_grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """The (H, W) that a call itself tells; None where it does not."""
+        return None
 
     def probe_grid(self, site: Site, region: tuple[int, int]) -> tuple[int, int]:
         """A small grid, not square and ragged, on which a replacement is tried."""
@@ -103,8 +117,9 @@ class AdapterBase:
         region: tuple[int, int],
         config: SwapConfig,
         grid: Grid,
+        **options: Any,
     ) -> RegionCore:
-        """The new part of a replacement; `shape` is the width of q, k and v, the heads, and the scale.
+        """The new part of a replacement; `shape` is the width of q, k and v, the heads, and the scale; `options` go to `RegionCore`.
 
         Raises:
             SwapError: `local_source="input"` where q, k, v have another width than the input.
@@ -118,7 +133,7 @@ class AdapterBase:
             )
         parameter = next(site.module.parameters())
         kind = {"device": parameter.device, "dtype": parameter.dtype if parameter.is_floating_point() else None}
-        return RegionCore(attn_dim, num_heads, scale, region, site.num_prefix_tokens, config, grid, **kind)
+        return RegionCore(attn_dim, num_heads, scale, region, site.num_prefix_tokens, config, grid, **kind, **options)
 
 
 def owner_of(model: nn.Module, name: str, kinds: type | tuple[type, ...]) -> tuple[nn.Module | None, str]:

@@ -113,6 +113,8 @@ class TorchAttention(AdapterBase):
             )
         elif module.bias_k is not None or module.add_zero_attn:
             site.reason = "it adds keys that are on no grid (add_bias_kv, add_zero_attn)"
+        elif type(model.get_submodule(name.rpartition(".")[0])).__name__.endswith("PoolingHead"):
+            site.reason = "a pooling head: its one query is on no grid"
         elif ".multihead_attn" in f".{name}":
             site.reason = "a decoder's cross-attention: its queries are not on the grid of its keys"
         else:
@@ -134,7 +136,7 @@ class TorchAttention(AdapterBase):
         """Channels of the module's input."""
         return site.module.embed_dim
 
-    def call(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, site: Site, x: Tensor, grid: tuple[int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """How a network calls it: the same tokens three times."""
         return (x, x, x), {"need_weights": False}
 

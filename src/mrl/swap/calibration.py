@@ -1,0 +1,104 @@
+"""How a calibration is told what to do, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """How a swapped model is calibrated.
+
+    Args:
+        epochs: passes of the stage `layers` over the images.
+        feature_epochs: passes of the stage `features`.
+        min_updates: updates of either stage however few images there are.
+        batch_size: images an update.
+        lr_new: learning rate of the new parameters.
+        lr_inherited: learning rate of the inherited q, k, v and output projections.
+        lr_features: learning rate of all that the stage `features` trains.
+        scope: what the stage `features` trains: the "blocks" around the mixers with their norms and MLPs, or "mixers" only.
+        held_out: share of the images that measures every stage and trains none.
+        max_images: images used at most.
+        budget: held-out error above which a layer goes back to its original attention in the end; None keeps all.
+        augment: mirror and turn batches by quarter turns, for teacher and student alike.
+        bf16: bfloat16 autocast; None is where the hardware has it.
+        seed: order of the images and their flips.
+    """
+
+    epochs: float = 1.0
+    feature_epochs: float = 2.0
+    min_updates: int = 60
+    batch_size: int = 16
+    lr_new: float = 3e-3
+    lr_inherited: float = 2e-4
+    lr_features: float = 1e-4
+    scope: Literal["blocks", "mixers"] = "blocks"
+    held_out: float = 0.1
+    max_images: int = 2000
+    budget: float | None = None
+    augment: bool = True
+    bf16: bool | None = None
+    seed: int = 0
+
+
+@dataclass
+class StageReport:
+    """What one stage did: held-out errors by layer, before and after, and what it cost."""
+
+    stage: str
+    updates: int
+    seconds: float
+    error_before: dict[str, float]
+    error_after: dict[str, float]
+    accepted: list[str]
+
+    @property
+    def mean_error_before(self) -> float:
+        """Mean over the layers before the stage."""
+        return sum(self.error_before.values()) / len(self.error_before)
+
+    @property
+    def mean_error_after(self) -> float:
+        """Mean over the layers after the stage, rejected layers at their old error."""
+        return sum(self.error_after.values()) / len(self.error_after)
+
+
+@dataclass
+class CalibrationReport:
+    """All stages of a calibration."""
+
+    stages: list[StageReport] = field(default_factory=list)
+    n_images: int = 0
+    n_held_out: int = 0
+    config: CalibrateConfig = field(default_factory=CalibrateConfig)
+    restored: list[str] = field(default_factory=list)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.updates for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in a run's `calibration.json`."""
+        stages = [
+            {**asdict(s), "mean_error_before": s.mean_error_before, "mean_error_after": s.mean_error_after}
+            for s in self.stages
+        ]
+        return {
+            "schema": 1,
+            "stages": stages,
+            "updates": self.updates,
+            "seconds": self.seconds,
+            "n_images": self.n_images,
+            "n_held_out": self.n_held_out,
+            "layers": next((s.error_after for s in reversed(self.stages) if s.stage == "layers"), {}),
+            "restored": self.restored,
+            "config": asdict(self.config),
+        }

@@ -1,0 +1,303 @@
+"""The stages of a calibration."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mrl.precision import has_bf16
+from mrl.run import progress
+from mrl.swap.apply import Handle
+from mrl.swap.calibration import CalibrateConfig, StageReport
+from mrl.swap.calls import Call, normalised, rows_of
+from mrl.swap.neutral import collect_statistics, search_temperature
+from mrl.swap.ridge import Ridge, fit_projections, output_projection
+
+STAGES = ("stats", "ridge", "layers", "features")
+RIDGE_IMAGES = 256
+STATS_IMAGES = 256
+TEMPERATURE_IMAGES = 32
+
+
+class Calibrator:
+    """The state that the stages share: held-out activations of the teacher, and the mixers."""
+
+    def __init__(
+        self, handle: Handle, config: CalibrateConfig, held: Tensor, train: Tensor, device: torch.device
+    ) -> None:
+        self.handle, self.config, self.train, self.device = handle, config, train, device
+        self.mixers = handle.mixers()
+        self.held = held
+        bf16 = config.bf16 if config.bf16 is not None else has_bf16(device)
+        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def run(self, stage: str) -> StageReport:
+        """One stage, measured on the held-out images before and after; what lost keeps its old values."""
+        start = time.monotonic()
+        measure = self.feature_error if stage == "features" else self.errors
+        before = measure()
+        old = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in self.mixers.items()}
+        around = {p: p.detach().clone() for p in self._around()} if stage == "features" else {}
+        updates = getattr(self, f"_{stage}")()
+        after = measure()
+        accepted = [n for n in after if after[n] <= before[n] or stage == "stats"]
+        lost = (
+            self.mixers
+            if stage == "features" and not accepted
+            else self.mixers.keys() - set(accepted)
+            if stage == "layers"
+            else ()
+        )
+        for name in lost:
+            self.mixers[name].load_state_dict(old[name])
+        if lost:
+            for parameter, value in around.items():
+                parameter.data.copy_(value)
+        after = {n: after[n] if n in accepted else before[n] for n in after}
+        return StageReport(stage, updates, time.monotonic() - start, before, after, accepted)
+
+    @torch.no_grad()
+    def errors(self) -> dict[str, float]:
+        """Held-out normalised error of every mixer on the teacher's activations."""
+        total = dict.fromkeys(self.mixers, 0.0)
+        chunks = self.held.split(32)
+        for chunk in chunks:
+            for name, seen in self._teacher(chunk).items():
+                total[name] += float(self._error(name, seen.run(self.mixers[name]), seen.output)) * len(chunk)
+        return {name: value / len(self.held) for name, value in total.items()}
+
+    def _error(self, name: str, ours: Any, theirs: Any) -> Tensor:
+        """Normalised squared error; prefix rows, where they are not exact by construction, count as a part of their own."""
+        ours, theirs = (rows_of(self.mixers[name], output) for output in (ours, theirs))
+        prefix = self.mixers[name].mrl.num_prefix_tokens
+        exact = self.mixers[name].mrl.config.prefix == "exact"
+        ours, theirs = ours.float(), theirs.float()
+        parts = [normalised(ours[:, prefix:], theirs[:, prefix:])]
+        if prefix and not exact:
+            parts.append(normalised(ours[:, :prefix], theirs[:, :prefix]))
+        return sum(parts) / len(parts)
+
+    @torch.no_grad()
+    def _teacher(self, images: Tensor) -> dict[str, Call]:
+        """Calls of the original attention modules and what they answered."""
+        with self.handle.disabled(), self._recording() as seen, self.autocast():
+            self.handle.model(images)
+        return seen
+
+    @torch.no_grad()
+    def _student(self, images: Tensor) -> dict[str, Call]:
+        """Calls of the mixers in the swapped model."""
+        with self._recording() as seen, self.autocast():
+            self.handle.model(images)
+        return seen
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[dict[str, Call]]:
+        seen: dict[str, Call] = {}
+        hooks = []
+        for name in self.mixers:
+
+            def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
+                seen[name] = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), output)
+
+            hooks.append(self.handle.model.get_submodule(name).register_forward_hook(keep, with_kwargs=True))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _stats(self) -> int:
+        """Running statistics of the norms from one pass on the student's activations, then a temperature a head."""
+
+        def look() -> None:
+            with self.autocast():
+                for batch in self.train[:STATS_IMAGES].split(64):
+                    self.handle.model(batch.to(self.device))
+
+        collect_statistics(list(self.mixers.values()), look)
+        recorded = self._teacher(self.train[:TEMPERATURE_IMAGES].to(self.device))
+        for name, seen in recorded.items():
+            search_temperature(
+                self.mixers[name].mrl,
+                lambda seen=seen, name=name: self._error(name, seen.run(self.mixers[name]), seen.output),
+            )
+        return 0
+
+    @torch.no_grad()
+    def _ridge(self) -> int:
+        """Closed form for every output projection, on the teacher's activations."""
+        linears = {name: output_projection(mixer) for name, mixer in self.mixers.items()}
+        sums = {name: Ridge(linear) for name, linear in linears.items() if linear is not None}
+        for chunk in self.train[:RIDGE_IMAGES].split(32):
+            for name, call in self._teacher(chunk.to(self.device)).items():
+                if name in sums:
+                    seen: list[Tensor] = []
+                    hook = linears[name].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+                    with self.autocast():
+                        call.run(self.mixers[name])
+                    hook.remove()
+                    y = seen[0].transpose(0, 1) if getattr(self.mixers[name], "sequence_first", False) else seen[0]
+                    sums[name].add(y, rows_of(self.mixers[name], call.output))
+        fit_projections(sums, self.errors)
+        return 0
+
+    def _layers(self) -> int:
+        """AdamW on every mixer at once; the layers do not see each other."""
+        return self._train(
+            "layers", self.config.epochs, lambda images, update: self._match_layers(images, own=update % 2 == 1)
+        )
+
+    def _features(self) -> int:
+        """AdamW on all mixers through the whole network."""
+        self.spread = self._teacher_spread()
+        if self.config.scope == "blocks":
+            self.handle.keep_blocks()
+        return self._train("features", self.config.feature_epochs, lambda images, update: self._match_features(images))
+
+    def _train(self, stage: str, epochs: float, step: Callable[[Tensor, int], float]) -> int:
+        config, n = self.config, len(self.train)
+        per_epoch = max(1, n // config.batch_size)
+        updates = max(config.min_updates, round(epochs * per_epoch))
+        optimizer, flags = self._optimizer(stage)
+        warm = max(1, round(0.1 * updates))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda u: min((u + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * (u - warm) / (updates - warm + 1)))
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates * config.batch_size // n + 1)])
+        with progress(f"calibrating {stage}", updates) as advance:
+            for update in range(updates):
+                picked = order[update * config.batch_size :][: config.batch_size]
+                images = self._augmented(self.train[picked], generator).to(self.device)
+                loss = step(images, update)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                advance(note=f"error {loss:.3f}")
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        return updates
+
+    def _around(self) -> list[nn.Parameter]:
+        """The parameters of the blocks around the mixers that are not the mixers' own."""
+        if self.config.scope == "mixers":
+            return []
+        own = {id(p) for mixer in self.mixers.values() for p in mixer.parameters()}
+        return [p for p in self.handle.block_parameters().values() if id(p) not in own and p.is_floating_point()]
+
+    def _optimizer(self, stage: str) -> tuple[torch.optim.Optimizer, list[tuple[nn.Parameter, bool]]]:
+        new, inherited = [], []
+        for mixer in self.mixers.values():
+            for name, parameter in mixer.named_parameters():
+                if parameter.is_floating_point():
+                    (new if name.startswith("mrl.") else inherited).append(parameter)
+        rates = (self.config.lr_new, self.config.lr_inherited)
+        if stage == "features":
+            inherited += self._around()
+            rates = (self.config.lr_features, self.config.lr_features)
+        flags = [(p, p.requires_grad) for p in (*new, *inherited)]
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        groups = [
+            {"params": params, "lr": lr, "weight_decay": 0.0}
+            for params, lr in zip((new, inherited), rates, strict=True)
+        ]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95)), flags
+
+    def _match_features(self, images: Tensor) -> float:
+        with torch.no_grad(), self.handle.disabled(), self._blocks() as theirs, self.autocast():
+            target = self._final(images)
+        with self._blocks() as ours, self.autocast():
+            found = self._final(images)
+        blocks = [normalised(ours[name].float(), theirs[name].float()) for name in theirs]
+        loss = self._feature_loss(found, target) + sum(blocks) / len(blocks)
+        loss.backward()
+        return float(loss.detach())
+
+    def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        return ((ours.float() - theirs.float()) / self.spread).square().mean()
+
+    def _final(self, images: Tensor) -> Tensor:
+        """What a head may read: the model's features or output, and the mean of its patch tokens where timm shows them."""
+        model = self.handle.model
+        net = getattr(model, "backbone", model)
+        if not (hasattr(net, "forward_features") and hasattr(net, "forward_head")):
+            found = model.features(images) if callable(getattr(model, "features", None)) else model(images)
+            return tree_leaves(found)[0].flatten(1)
+        tokens = net.forward_features(images)
+        parts = [net.forward_head(tokens).flatten(1)]
+        if tokens.ndim == 3:
+            parts.append(tokens[:, int(getattr(net, "num_prefix_tokens", 0)) :].mean(1))
+        return torch.cat(parts, 1)
+
+    @contextlib.contextmanager
+    def _blocks(self) -> Iterator[dict[str, Tensor]]:
+        """The outputs of the blocks around the mixers."""
+        seen: dict[str, Tensor] = {}
+        hooks = []
+        for name in {name.rpartition(".")[0] for name in self.mixers}:
+
+            def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                seen[name] = tree_leaves(output)[0]
+
+            hooks.append(self.handle.model.get_submodule(name).register_forward_hook(keep))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _teacher_spread(self) -> Tensor:
+        """The standard deviation of each final feature of the teacher over the held-out images."""
+        with self.handle.disabled(), self.autocast():
+            found = torch.cat([self._final(chunk).float() for chunk in self.held.split(32)])
+        return found.std(0).clamp(min=1e-6 + 1e-3 * float(found.std()))
+
+    @torch.no_grad()
+    def feature_error(self) -> dict[str, float]:
+        """Held-out error of the final features, in units of the teacher's spread."""
+        self.spread = self._teacher_spread()
+        total = 0.0
+        for chunk in self.held.split(32):
+            with self.handle.disabled(), self.autocast():
+                target = self._final(chunk)
+            with self.autocast():
+                total += float(self._feature_loss(self._final(chunk), target)) * len(chunk)
+        return {"final features": total / len(self.held)}
+
+    def _match_layers(self, images: Tensor, own: bool) -> float:
+        """Gradients of all layers on one batch: on the teacher's activations, or on the student's with the teacher's module."""
+        calls = self._student(images) if own else self._teacher(images)
+        total = 0.0
+        for name, call in calls.items():
+            target = self.teacher_output(name, call) if own else call.output
+            with self.autocast():
+                ours = call.run(self.mixers[name])
+            loss = self._error(name, ours, target)
+            loss.backward()
+            total += float(loss.detach())
+        return total / len(calls)
+
+    @torch.no_grad()
+    def teacher_output(self, name: str, call: Call) -> Any:
+        """What the original attention makes of these tokens."""
+        with self.handle.disabled(), self.autocast():
+            return call.run(self.handle.model.get_submodule(name))
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.config.augment:
+            return images
+        flip, turns = (int(torch.randint(n, (), generator=generator)) for n in (2, 4))
+        if images.shape[-1] != images.shape[-2]:
+            turns -= turns % 2
+        return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
