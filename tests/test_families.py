@@ -300,3 +300,86 @@ def test_torchvision__models_are_what_they_say():
     plan = mrl.plan(model)
     assert len(plan.names) == 12
     assert plan.rows[0].input == "(B, H, W, C)"
+
+
+def unsettled(handle):
+    """Region norms with statistics and gains of their own, so that nothing is neutral."""
+    generator = torch.Generator().manual_seed(3)
+    for mixer in handle.mixers().values():
+        for module in mixer.modules():
+            if type(module).__name__ == "RegionNorm":
+                with torch.no_grad():
+                    module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator))
+                    module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+
+
+@pytest.mark.parametrize("name", ["dinov2_registers", "segformer", "cvt", "detr", "timm_v2"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_fold__equals_the_swapped_model(name, setting, tmp_path):
+    model, images = make(name)
+    original = out(model, images)
+    handle = mrl.swap_(model, mrl.plan(model, region=2, config=SETTINGS[setting]))
+    unsettled(handle)
+    before = out(model, images)
+    handle.fold_()
+    assert off(out(model, images), before) < 1e-5
+    if setting != "cheap":
+        with pytest.raises(mrl.SwapError, match="folded already"):
+            handle.fold_()
+        with pytest.raises(mrl.SwapError, match="save it before"):
+            mrl.save(model, tmp_path / "m", recipe={"kind": "factory", "name": "a:b", "kwargs": {}})
+    handle.restore()
+    assert torch.equal(out(model, images), original)
+
+
+@pytest.mark.parametrize("name", ["vit", "pvt_v2", "torchvision"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@torch.no_grad()
+def test_swap__sync_batch_norm_after_the_swap_reads_the_same_channels(name, setting):
+    model, images = make(name)
+    handle = mrl.swap_(model, mrl.plan(model, region=2, config=SETTINGS[setting]))
+    unsettled(handle)
+    before = out(model, images)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+    assert off(out(model, images), before) < 1e-5
+    with pytest.raises(mrl.SwapError, match="fold before converting"):
+        handle.fold_()
+
+
+def test_transformers__gradient_checkpointing_with_two_sizes_is_refused():
+    model, images = make("vit")
+    vit = model.model
+    mrl.swap_(vit, mrl.plan(vit, region=2))
+    vit.activation_checkpointing_enable()
+    vit.train()
+    _tensor(vit(pixel_values=images)).sum().backward()
+    with pytest.raises(mrl.SwapError, match="images of two sizes"):
+        vit(pixel_values=torch.randn(1, 3, 80, 32), interpolate_pos_encoding=True)
+
+
+def test_transformers__save_pretrained_is_not_the_way(tmp_path):
+    """Reloading such a folder builds the original class; only `mrl.save` keeps the swap."""
+    model, images = make("vit")
+    mrl.swap_(model.model, mrl.plan(model.model, region=2))
+    expected = out(model, images)
+    recipe = {"kind": "factory", "name": "test_families:rebuilt_bare", "kwargs": {"name": "vit"}}
+    mrl.save(model.model, tmp_path / "m", recipe=recipe)
+    assert torch.equal(out(Named(mrl.load(tmp_path / "m")), images), expected)
+
+
+def rebuilt_bare(name):
+    """The model of transformers inside `make(name)`."""
+    return make(name)[0].model
+
+
+def test_transformers__a_device_hook_of_accelerate_is_refused():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, _ = make("vit")
+    attention = next(m for n, m in model.named_modules() if type(m).__name__ == "ViTAttention")
+    add_hook_to_module(attention, ModelHook())
+    plan = mrl.plan(model)
+    assert len(plan.names) == 1
+    assert "device hook" in next(row.reason for row in plan.rows if row.action == "skip")

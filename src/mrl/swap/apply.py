@@ -173,6 +173,27 @@ class Handle:
             for hook in self._hooks:
                 hook.remove()
 
+    def fold_(self) -> None:
+        """Turns every mixer to its inference form, in eval mode: norms go into the region convolutions before them.
+
+        For prediction and export. Save before it, and calibrate or train before it; `restore()` still gives the originals.
+
+        Raises:
+            SwapError: the mixers are folded already, or their norms were converted.
+
+        Example:
+            >>> import timm, torch
+            >>> net, x = timm.create_model("test_vit", img_size=32).eval(), torch.randn(1, 3, 32, 32)
+            >>> handle = swap_(net, __import__("mrl").plan(net, region=2))
+            >>> before = net(x)
+            >>> handle.fold_()
+            >>> torch.allclose(net(x), before, atol=1e-5)
+            True
+        """
+        for mixer in self.mixers().values():
+            mixer.eval()
+            mixer.mrl.fold_()
+
     def discard_originals(self) -> None:
         """Frees the copies of the original weights; `restore`, `disabled` and `mix` are no longer possible."""
         self.mix(1.0)

@@ -14,7 +14,6 @@ from mrl.blocks.regions import (
     RegionNorm,
     attend,
     broadcast_regions,
-    region_grid,
     region_mean,
     valid_counts,
 )
@@ -24,6 +23,23 @@ from mrl.swap.grid import Grid
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 Norm = Callable[[Tensor], Tensor]
+
+
+class Shift(nn.Module):
+    """What is left of a folded norm: x + shift.
+
+    Example:
+        >>> Shift(torch.ones(2))(torch.zeros(1, 2))
+        tensor([[1., 1.]])
+    """
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds it."""
+        return x + self.shift
 
 
 class RegionCore(nn.Module):
@@ -105,6 +121,28 @@ class RegionCore(nn.Module):
                 norm.bias.copy_(norm.running_mean)
         self.local.init_delta_()
 
+    @torch.no_grad()
+    def fold_(self) -> RegionCore:
+        """The inference form: each norm goes into the region convolution before it, and a shift is left; returns itself.
+
+        Without such a convolution (`reduce="mean"`) the norm stays: the projection before it serves other tokens too.
+
+        Raises:
+            SwapError: it is folded already, or a norm is not ours (SyncBatchNorm: fold before converting).
+        """
+        if any(isinstance(m, Shift) for m in self.children()):
+            raise SwapError("fold_: this mixer is folded already.")
+        for name in self.reduced:
+            conv, norm = getattr(self, f"reduce_{name}"), getattr(self, f"norm_{name}")
+            if not isinstance(norm, RegionNorm):
+                raise SwapError(f"fold_: norm_{name} is a {type(norm).__name__}; fold before converting the norms.")
+            if conv is not None:
+                gain = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+                conv.weight.copy_(conv.weight * gain[:, None, None, None])
+                shift = (norm.bias.double() - norm.running_mean.double() * gain).to(conv.weight.dtype)
+                setattr(self, f"norm_{name}", Shift(shift))
+        return self.eval()
+
     @property
     def full_resolution(self) -> bool:
         """Whether q, k and v of every position are needed."""
@@ -152,7 +190,7 @@ class RegionCore(nn.Module):
         else:
             pooled = region_mean(x[:, prefix:].unflatten(1, (height, width)), self.region).flatten(1, 2)
             tokens = [
-                self._normed(t, name, height, width)
+                self._normed(t, name)
                 for t, name in zip(project(torch.cat([x[:, :prefix], pooled], 1)), "qkv", strict=True)
             ]
         if not early:
@@ -195,10 +233,9 @@ class RegionCore(nn.Module):
         conv, patches = self.reduce_q, x[:, prefix:]
         if conv is None:
             regions = project(region_mean(patches.unflatten(1, size), self.region).flatten(1, 2))
-            regions = regions.unflatten(1, region_grid(height, width, self.region))
         else:
-            regions = conv(project(patches).unflatten(1, size))
-        q = self.norm_q(regions).flatten(1, 2)
+            regions = conv(project(patches).unflatten(1, size)).flatten(1, 2)
+        q = self._norm("q", regions)
         q = q if head is None else torch.cat([head, q], 1)
         if mask is not None:
             mask = _additive(mask, torch.float32)
@@ -215,14 +252,17 @@ class RegionCore(nn.Module):
         conv = getattr(self, f"reduce_{name}")
         patches = t[:, prefix:].unflatten(1, (height, width))
         regions = conv(patches) if conv is not None else region_mean(patches, self.region)
-        regions = getattr(self, f"norm_{name}")(regions).flatten(1, 2)
+        regions = self._norm(name, regions.flatten(1, 2))
         return torch.cat([t[:, :prefix], regions], 1) if prefix else regions
 
-    def _normed(self, t: Tensor, name: str, height: int, width: int) -> Tensor:
+    def _norm(self, name: str, regions: Tensor) -> Tensor:
+        """The norm of q, k or v on region tokens (B, R, A), as a list that SyncBatchNorm (after a conversion) reads the same way."""
+        return getattr(self, f"norm_{name}")(regions.flatten(0, 1)).view_as(regions)
+
+    def _normed(self, t: Tensor, name: str) -> Tensor:
         """Projected prefix and region tokens with the norm on the region tokens."""
         prefix = self.num_prefix_tokens
-        rows = math.ceil(height / self.region[0])
-        regions = getattr(self, f"norm_{name}")(t[:, prefix:].unflatten(1, (rows, -1))).flatten(1, 2)
+        regions = self._norm(name, t[:, prefix:])
         return torch.cat([t[:, :prefix], regions], 1) if prefix else regions
 
     def _attend(

@@ -37,14 +37,7 @@ class Grid:
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         """The forward hook on the patch-embedding convolution, whose output is (B, C, H, W)."""
         seen = (int(output.shape[-2]), int(output.shape[-1]))
-        if (
-            self.seen not in (None, seen)
-            and torch.is_grad_enabled()
-            and (
-                getattr(self.owner[0], "grad_checkpointing", False)  # timm
-                or getattr(self.owner[0], "is_gradient_checkpointing", False)  # transformers
-            )
-        ):
+        if self.seen not in (None, seen) and torch.is_grad_enabled() and _recomputes(self.owner[0]):
             raise SwapError(
                 f"gradient checkpointing with images of two sizes (tokens {self.seen} and {seen}): the second pass could "
                 "recompute the first on the wrong grid; train on one size, or call set_grad_checkpointing(False)."
@@ -79,3 +72,9 @@ class Grid:
                 "tokens were dropped, packed or added on the way, which regions cannot follow."
             )
         return grid
+
+
+def _recomputes(owner: nn.Module | None) -> bool:
+    """Whether a network is set to gradient checkpointing, in the words of timm or transformers (the last is its older one)."""
+    names = ("grad_checkpointing", "is_activation_checkpointing", "is_gradient_checkpointing")
+    return next((bool(getattr(owner, name)) for name in names if name in dir(owner)), False)

@@ -18,6 +18,7 @@ from mrl.run import environment, refuse_existing, writing
 from mrl.swap.adapters import adapters
 from mrl.swap.apply import parent_of, put, swap_
 from mrl.swap.config import SwapConfig
+from mrl.swap.core import Shift
 from mrl.swap.plan import Plan, find_sites, plan_row
 from mrl.swap.recipe import recipe_of
 
@@ -147,6 +148,8 @@ def _swap_of(model: nn.Module) -> dict[str, Any] | None:
     rows = [(name, module.mrl_row) for name, module in model.named_modules() if hasattr(module, "mrl_row")]
     if not rows:
         return None
+    if any(isinstance(module, Shift) for module in model.modules()):
+        raise SwapError("mrl.save: this model is folded for inference; save it before handle.fold_().")
     config = rows[0][1]["config"]
     if any(row["config"] != config for _, row in rows):
         raise SwapError(
