@@ -72,7 +72,7 @@ def judged(fitted: Any, x: np.ndarray, y: np.ndarray, teacher: np.ndarray) -> di
     right, theirs = (p > 0.5) == y, (teacher > 0.5) == y
     accuracy = wilson(int(right.sum()), len(y))
     counts = [int((a & b).sum()) for a, b in ((theirs, right), (theirs, ~right), (~theirs, right), (~theirs, ~right))]
-    difference, area = newcombe_paired(counts[0], counts[2], counts[1], counts[3]), delong(y, teacher, p)
+    difference, area = newcombe_paired(*counts), delong(y, teacher, p)
     return {
         "accuracy": asdict(accuracy),
         "accuracy_difference": asdict(difference),
