@@ -24,7 +24,7 @@ Parts = tuple[Tensor, nn.Module, Tensor, Tensor]
 
 
 class SwappedPyramidAttention(Swapped):
-    """An attention with spatial reduction and MRL for its queries; `answer` is the form of what the original returns.
+    """An attention with spatial reduction and MRL for its queries; a subclass a network.
 
     Shape:
         (B, N, C), height, width -> (B, N, C), or a tuple that starts with it.
