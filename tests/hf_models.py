@@ -3,6 +3,8 @@
 import torch
 import transformers as hf
 
+from shaken import shaken
+
 VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 WIDE = {"image_size": (32, 80), "patch_size": 16}
 PYRAMID = {
@@ -84,17 +86,8 @@ class Named(torch.nn.Module):
         )  # of detectors, whose decoder hardly sees a small change
 
 
-def shaken(model):
-    """Random parameters, so that no norm, bias or LayerScale is at its neutral start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def make(name, families=GLOBAL):
     """The model and three images."""
     _, _, size, build = families[name]
     torch.manual_seed(0)
-    return shaken(Named(build())), torch.randn(3, 3, *size)
+    return shaken(Named(build()), 0.1), torch.randn(3, 3, *size)

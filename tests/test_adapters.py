@@ -14,6 +14,7 @@ from mrl.swap import SETTINGS, SwapConfig
 from mrl.swap.adapters import _ADDED, adapters
 from mrl.swap.adapters.base import AdapterBase
 from mrl.testing import check_adapter
+from shaken import shaken
 from test_swap import off
 
 TINY = {"depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -30,15 +31,6 @@ TIMM = {
         {"img_size": (32, 80), "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, **TINY},
     ),
 }
-
-
-def shaken(model):
-    """Random parameters, so that no norm, bias or LayerScale is at its neutral start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
 
 
 def make(family):

@@ -12,10 +12,11 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 
 import hf_models
 import mrl
-from hf_models import GLOBAL, Named, shaken
+from hf_models import GLOBAL, Named
 from mrl.swap import SETTINGS, SwapConfig
 from mrl.swap.adapters import adapters
 from mrl.testing import _tensor, check_adapter
+from shaken import shaken
 from test_swap import off
 
 SWIN = {"embed_dim": 12, "depths": (2,), "num_heads": (2,), "num_classes": 3, "img_size": 32}
@@ -38,6 +39,12 @@ PYRAMIDS = {
 WINDOWS = {
     "timm": ("windows", 2, (32, 32), lambda: timm.create_model("swin_tiny_patch4_window7_224", window_size=8, **SWIN)),
     "timm_v2": ("windows", 2, (32, 32), lambda: timm.create_model("swinv2_tiny_window8_256", window_size=8, **SWIN)),
+    "timm_v2_other_window": (
+        "windows",
+        2,
+        (32, 32),
+        lambda: timm.create_model("swinv2_tiny_window8_256", window_size=8, pretrained_window_sizes=(6,), **SWIN),
+    ),
     "torchvision": ("windows", 2, (32, 32), torchvision_swin),
     "torchvision_v2": ("windows", 2, (32, 32), lambda: torchvision_swin(True)),
     "transformers": ("windows", 2, (32, 32), hf_swin),
@@ -50,7 +57,7 @@ def make(name):
     _, _, size, build = WHOLE if name == "timm_default" else ALL[name]
     torch.manual_seed(0)
     model = build()
-    return shaken(Named(model) if name in GLOBAL else model), torch.randn(3, 3, *size)
+    return shaken(Named(model) if name in GLOBAL else model, 0.1), torch.randn(3, 3, *size)
 
 
 def out(model, images):
@@ -261,7 +268,7 @@ def test_transformers__padding_masks_reach_the_regions():
 
 def test_windows__a_larger_grid_is_mixed_whole():
     torch.manual_seed(0)
-    model = shaken(timm.create_model("swin_tiny_patch4_window7_224", window_size=4, **SWIN))
+    model = shaken(timm.create_model("swin_tiny_patch4_window7_224", window_size=4, **SWIN), 0.1)
     x = torch.randn(1, 3, 32, 32)
     handle = mrl.swap_(model, mrl.plan(model, region=2))
     mixer = handle.mixers()[handle.names[0]]
@@ -275,6 +282,47 @@ def test_windows__a_larger_grid_is_mixed_whole():
     model.set_input_size((64, 64))
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     assert x.shape[0] == 1
+
+
+def segmenters():
+    """UPerNet and Mask2Former on a small Swin."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    kwargs = {"image_size": 64, "window_size": 4, "embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
+    swin = hf.SwinConfig(out_features=stages, **kwargs)
+    yield hf.UperNetForSemanticSegmentation(
+        hf.UperNetConfig(backbone_config=swin, hidden_size=16, num_labels=3, pool_scales=[1, 2],
+                         auxiliary_in_channels=48, auxiliary_channels=8)
+    )  # fmt: skip
+    yield hf.Mask2FormerForUniversalSegmentation(
+        hf.Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=4,
+                             encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+                             dim_feedforward=16, num_labels=3)
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_windows__backbones_of_segmenters_are_swapped_and_their_decoders_are_not():
+    for model in segmenters():
+        model, images = shaken(Named(model), 0.1), torch.randn(1, 3, 128, 128)
+        before = out(model, images)
+        handle = mrl.swap_(model, mrl.plan(model, region=2))
+        assert len(handle.names) == 4
+        assert all("encoder.layers" in name and "decoder" not in name for name in handle.names)
+        assert not torch.equal(out(model, images), before)
+        handle.restore()
+        assert torch.equal(out(model, images), before)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2_registers", "dinov3", "detr", "rt_detr"])
+@torch.no_grad()
+def test_transformers__swapped_sides_fail(name):
+    model, images = make(name)
+    handle = mrl.swap_(model, mrl.plan(model, region=2))
+    right = out(model, images)
+    height, width = handle._grids[0].seen
+    assert height != width
+    handle.fix_grid((width, height))
+    assert not torch.equal(out(model, images), right)
 
 
 def test_lora__finds_the_same_linears_in_a_swapped_model():

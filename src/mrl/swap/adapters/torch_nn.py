@@ -115,7 +115,7 @@ class TorchAttention(AdapterBase):
             site.reason = "it adds keys that are on no grid (add_bias_kv, add_zero_attn)"
         elif type(model.get_submodule(name.rpartition(".")[0])).__name__.endswith("PoolingHead"):
             site.reason = "a pooling head: its one query is on no grid"
-        elif ".multihead_attn" in f".{name}":
+        elif name.rpartition(".")[2] in ("multihead_attn", "cross_attn", "encoder_attn"):
             site.reason = "a decoder's cross-attention: its queries are not on the grid of its keys"
         else:
             site.reason = device_hook(module)
