@@ -46,7 +46,7 @@ class Swapped(nn.Module):
         nn.Module.__init__(module)
         vars(module).update(self.original)
         for name in self.inherited:
-            if getattr(self, name, None) is not None:
+            if getattr(self, name) is not None:
                 module.add_module(name, getattr(self, name))
         for name in self.own:
             if name in self._buffers:

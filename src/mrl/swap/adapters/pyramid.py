@@ -32,9 +32,6 @@ class SwappedPyramidAttention(Swapped):
 
     def __init__(self, original: nn.Module, core: RegionCore) -> None:
         super().__init__(original, core)
-        for name in self.inherited:
-            if getattr(self, name) is None and not hasattr(original, name):
-                delattr(self, name)
         drop = getattr(original, "attention_dropout", None)
         if drop is None:
             drop = getattr(original, "attn_drop", None) or getattr(original, "dropout", None)
@@ -66,10 +63,10 @@ class SwappedTimmReduced(SwappedPyramidAttention):
         """What the queries are made from, their projection, the keys and the values."""
         keys = x
         if self.sr is not None:
-            pool, act = getattr(self, "pool", None), getattr(self, "act", None)
             found = self._map(x, size)
-            keys = self.norm(self.sr(found if pool is None else pool(found)).flatten(2).transpose(1, 2))
-            keys = keys if act is None else act(keys)
+            found = found if self.pool is None else self.pool(found)
+            keys = self.norm(self.sr(found).flatten(2).transpose(1, 2))
+            keys = keys if self.act is None else self.act(keys)
         return x, self.q, *self.kv(keys).chunk(2, dim=-1)
 
 
@@ -87,7 +84,7 @@ class SwappedSegformer(SwappedPyramidAttention):
 
     def parts(self, x: Tensor, size: tuple[int, int]) -> Parts:
         """What the queries are made from, their projection, the keys and the values."""
-        keys = self.sequence_reduction(x, *size) if hasattr(self, "sequence_reduction") else x
+        keys = self.sequence_reduction(x, *size) if self.sequence_reduction is not None else x
         return x, self.q_proj, self.k_proj(keys), self.v_proj(keys)
 
 
@@ -114,18 +111,18 @@ class SwappedPvt(SwappedPyramidAttention):
     ) -> tuple[Tensor, ...]:
         """Mixes the tokens of a grid (height, width)."""
         y = self._mixed(hidden_states, (int(height), int(width)))
-        if hasattr(self, "proj"):
+        if self.proj is not None:
             y = self.proj_drop(self.proj(y))
         return (y, None) if output_attentions else (y,)
 
     def parts(self, x: Tensor, size: tuple[int, int]) -> Parts:
         """What the queries are made from, their projection, the keys and the values."""
-        reduce, keys = getattr(self, "sequence_reduction", None) or getattr(self, "spatial_reduction", None), x
+        reduce, keys = self.sequence_reduction or self.spatial_reduction, x
         if reduce is not None:
             found = self._map(x, size)
-            found = self.pool(found) if hasattr(self, "pool") else found
+            found = self.pool(found) if self.pool is not None else found
             keys = self.layer_norm(reduce(found).flatten(2).transpose(1, 2))
-            keys = self.act(keys) if hasattr(self, "act") else keys
+            keys = self.act(keys) if self.act is not None else keys
         return x, self.query, self.key(keys), self.value(keys)
 
 

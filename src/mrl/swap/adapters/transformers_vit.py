@@ -43,9 +43,6 @@ class SwappedTransformersAttention(Swapped):
 
     def __init__(self, original: nn.Module, core: RegionCore) -> None:
         super().__init__(original, core)
-        for name in ("o_proj", "out_proj"):
-            if getattr(self, name) is None:
-                delattr(self, name)
         self.config = original.config
         core.attn_drop = _dropout(original)
 
@@ -64,7 +61,7 @@ class SwappedTransformersAttention(Swapped):
         else:
             rotate = None if position_embeddings is None else lambda t: self._rotated(t, *position_embeddings)
             y = self.mrl(x, self._project, None, mask, rotate)
-        return (self.o_proj if hasattr(self, "o_proj") else self.out_proj)(y), None
+        return (self.out_proj if self.o_proj is None else self.o_proj)(y), None
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -126,7 +123,7 @@ class TransformersViT(AdapterBase):
             if isinstance(getattr(owner, "input_projection", None), nn.Conv2d):
                 site.owner, site.hook, site.grid_from = owner, owner.input_projection, "hook on input_projection"
                 return
-            if hasattr(owner, "position_embedding") and "AIFI" in type(owner).__name__:
+            if "AIFI" in type(owner).__name__:
                 inner = owner
             if isinstance(getattr(owner, "encoder_input_proj", None), nn.ModuleList) and inner is not None:
                 place = next(i for i, layer in enumerate(owner.encoder.aifi) if layer is inner)

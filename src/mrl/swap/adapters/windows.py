@@ -54,9 +54,6 @@ class SwappedWindowAttention(Swapped):
 
     def __init__(self, original: nn.Module, core: RegionCore) -> None:
         super().__init__(original, core)
-        for name in self.inherited:
-            if getattr(self, name) is None:
-                delattr(self, name)
         self.tupled = bool(hf_kind(original))
         self.window = _window(original)
         drop = getattr(original, "attention_dropout", getattr(original, "attn_drop", 0.0))
@@ -74,7 +71,7 @@ class SwappedWindowAttention(Swapped):
         norms = (self._cosine_q, self._cosine_k) if self.logit_scale is not None else None
         y = self.mrl(tokens, self._project, norms, size=(height, width), region_bias=bias)
         y = (self.o_proj if self.tupled else self.proj)(y)
-        if hasattr(self, "proj_drop"):
+        if self.proj_drop is not None:
             y = self.proj_drop(y)
         else:
             y = nn.functional.dropout(y, float(self.original.get("dropout", 0.0)), self.training)
@@ -125,8 +122,7 @@ class SwappedWindowAttention(Swapped):
         """V2: what its network answers at these distances, as it scales them."""
         known = self.original.get("pretrained_window_size") or (0, 0)
         dtype = self.cpb_mlp[0].weight.dtype
-        sides = [max((k or w) - 1, 1) for k, w in zip(known, self.window, strict=True)]
-        sides = sides if known[0] > 0 else [max(w - 1, 1) for w in self.window]
+        sides = [max(n - 1, 1) for n in (known if known[0] > 0 else self.window)]
         scaled = [8 * d.float() / side for d, side in zip((dy, dx), sides, strict=True)]
         scaled = [s.sign() * torch.log2(s.abs() + 1) / 3 for s in scaled]
         places = torch.stack(torch.meshgrid(*scaled, indexing="ij"), -1).to(dtype)
