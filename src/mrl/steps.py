@@ -20,10 +20,10 @@ from mrl.protocol import RULE, Protocol, was_changed, write_protocol
 from mrl.run import read_json, refuse_existing, say, sha256_file, write_json
 from mrl.stats import minimum_detectable_effect, primary_metric
 from mrl.swap import SETTINGS, CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
+from mrl.swap.plan import WORTH
 from mrl.workspace import ARMS, Workspace
 
 DISAGREEMENT = (0.05, 0.1, 0.2)
-AUTO_MARGIN = 0.95
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def resolve_swap(
     first = plan(model, config=SwapConfig.named("faithful" if setting == "auto" else setting), **common)
     if setting != "auto":
         return first, setting
-    if first.predicted_latency_ratio < AUTO_MARGIN:
+    if first.predicted_latency_ratio < WORTH:
         return first, "faithful"
     return plan(model, config=SwapConfig.named("cheap"), **common), "cheap"
 
@@ -299,7 +299,7 @@ def write_plan(
         **(stamp or {}),
         **found.to_dict(),
         "setting": setting,
-        "auto_below": AUTO_MARGIN,
+        "auto_below": WORTH,
         "image_size": list(size),
     }
     write_json(path, document)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -99,10 +99,11 @@ class Calibrator:
         return seen
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[dict[str, Call]]:
+    def _recording(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Call]]:
+        """The calls of these modules, by name; None is the mixers, or their originals."""
         seen: dict[str, Call] = {}
         hooks = []
-        for name in self.mixers:
+        for name in self.mixers if names is None else names:
 
             def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
                 seen[name] = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), output)
@@ -214,11 +215,13 @@ class Calibrator:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95)), flags
 
     def _match_features(self, images: Tensor) -> float:
-        with torch.no_grad(), self.handle.disabled(), self._blocks() as theirs, self.autocast():
+        around = {name.rpartition(".")[0] for name in self.mixers}
+        with torch.no_grad(), self.handle.disabled(), self._recording(around) as theirs, self.autocast():
             target = self._final(images)
-        with self._blocks() as ours, self.autocast():
+        with self._recording(around) as ours, self.autocast():
             found = self._final(images)
-        blocks = [normalised(ours[name].float(), theirs[name].float()) for name in theirs]
+        outputs = [[tree_leaves(seen[name].output)[0].float() for seen in (ours, theirs)] for name in theirs]
+        blocks = [normalised(*pair) for pair in outputs]
         loss = self._feature_loss(found, target) + sum(blocks) / len(blocks)
         loss.backward()
         return float(loss.detach())
@@ -238,23 +241,6 @@ class Calibrator:
         if tokens.ndim == 3:
             parts.append(tokens[:, int(getattr(net, "num_prefix_tokens", 0)) :].mean(1))
         return torch.cat(parts, 1)
-
-    @contextlib.contextmanager
-    def _blocks(self) -> Iterator[dict[str, Tensor]]:
-        """The outputs of the blocks around the mixers."""
-        seen: dict[str, Tensor] = {}
-        hooks = []
-        for name in {name.rpartition(".")[0] for name in self.mixers}:
-
-            def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-                seen[name] = tree_leaves(output)[0]
-
-            hooks.append(self.handle.model.get_submodule(name).register_forward_hook(keep))
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def _teacher_spread(self) -> Tensor:
