@@ -76,12 +76,12 @@ class Handle:
         """The model with its original attention, as it was at the swap, for the length of the block."""
         self._need_originals("disabled")
         students = self.mixers()
+        self._exchange_values()
         try:
             for name, student in students.items():
                 teacher = self._kept[name].teacher
                 teacher.train(student.training)
                 put(self.model, name, teacher)
-            self._exchange_values()
             yield self.model
         finally:
             self._exchange_values()

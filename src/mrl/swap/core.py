@@ -132,10 +132,11 @@ class RegionCore(nn.Module):
         """
         if any(isinstance(m, Shift) for m in self.children()):
             raise SwapError("fold_: this mixer is folded already.")
-        for name in self.reduced:
-            conv, norm = getattr(self, f"reduce_{name}"), getattr(self, f"norm_{name}")
+        parts = {n: (getattr(self, f"reduce_{n}"), getattr(self, f"norm_{n}")) for n in self.reduced}
+        for name, (_, norm) in parts.items():
             if not isinstance(norm, RegionNorm):
                 raise SwapError(f"fold_: norm_{name} is a {type(norm).__name__}; fold before converting the norms.")
+        for name, (conv, norm) in parts.items():
             if conv is not None:
                 gain = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
                 conv.weight.copy_(conv.weight * gain[:, None, None, None])
@@ -285,10 +286,8 @@ class RegionCore(nn.Module):
             pooled = _pool_mask(mask, self._averages(height, width, q, prefix))
             bias = (pooled if bias is None else pooled + bias).to(q.dtype)
         if exact:
-            region_bias = bias[..., prefix:, :] if mask is not None else bias
-            regions = attend(
-                q[:, prefix:], *tokens[1:], self.num_heads, self.scale, key_bias=region_bias, dropout_p=drop
-            )
+            own = bias[..., prefix:, :] if mask is not None else bias
+            regions = attend(q[:, prefix:], *tokens[1:], self.num_heads, self.scale, key_bias=own, dropout_p=drop)
             rows = None if mask is None else _additive(mask, q.dtype)[..., :prefix, :]
             head = attend(full[0][:, :prefix], *full[1:], self.num_heads, self.scale, key_bias=rows, dropout_p=drop)
             return regions, head

@@ -62,14 +62,14 @@ class SwappedWindowAttention(Swapped):
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Mixes the whole grid (a mask of windows is not needed)."""
         _, height, width, _ = x.shape
-        tokens, bias = x.flatten(1, 2), self.region_bias(height, width)
         if self.mrl.config.bias == "error":
             raise SwapError(
                 "SwapConfig(bias='error'): this model has relative position biases; use bias='pool', which reads them "
                 "between regions."
             )
         norms = (self._cosine_q, self._cosine_k) if self.logit_scale is not None else None
-        y = self.mrl(tokens, self._project, norms, size=(height, width), region_bias=bias)
+        bias = self.region_bias(height, width)
+        y = self.mrl(x.flatten(1, 2), self._project, norms, size=(height, width), region_bias=bias)
         y = (self.o_proj if self.tupled else self.proj)(y)
         if self.proj_drop is not None:
             y = self.proj_drop(y)
