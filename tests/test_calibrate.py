@@ -10,6 +10,7 @@ import torch
 import mrl
 from mrl.swap import SETTINGS, CalibrateConfig, Plan, PlanRow, SwapConfig
 from mrl.swap.neutral import collect_statistics
+from mrl.swap.resume import Resume
 from mrl.swap.ridge import Ridge, fit_projections
 
 SHORT = CalibrateConfig(min_updates=30, epochs=1, feature_epochs=1, batch_size=8, bf16=False)
@@ -85,6 +86,57 @@ def test_calibrate__the_same_seed_gives_the_same_weights(swapped):
         mrl.calibrate(handle, ({"image": part} for part in images().split(10)), config=SHORT)
         states.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+class Killed(BaseException):
+    """Stands for a signal, in the middle of an update."""
+
+
+@pytest.mark.parametrize(("stage", "saves"), [("ridge", 0), ("layers", 7), ("features", 11)])
+def test_calibrate__a_killed_run_goes_on_and_gives_the_same_weights(swapped, monkeypatch, tmp_path, stage, saves):
+    config = dataclasses.replace(SHORT, min_updates=15)
+    model, handle = swapped()
+    whole = mrl.calibrate(handle, [images()], config=config)
+    monkeypatch.setattr("mrl.swap.resume.SAVE_SECONDS", 0.0)
+    real, seen = Resume.save, {"stage": "stats", "n": 0}
+
+    def save(self, tensors, reports, inside=None):
+        real(self, tensors, reports, inside)
+        at = mrl.swap.calibrator.STAGES[min(len(reports), 3)]
+        seen["n"] = seen["n"] + 1 if at == seen["stage"] else 0
+        seen["stage"] = at
+        if at == stage and seen["n"] >= saves:
+            raise Killed
+
+    monkeypatch.setattr(Resume, "save", save)
+    again, handle = swapped()
+    with pytest.raises(Killed):
+        mrl.calibrate(handle, [images()], config=config, checkpoint=tmp_path)
+    monkeypatch.setattr(Resume, "save", real)
+    step, steps = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), step(self, *a))[1])
+    again, handle = swapped()
+    report = mrl.calibrate(handle, [images()], config=config, checkpoint=tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert len(steps) == report.updates - saves - (stage == "features") * report.stages[2].updates
+    assert [s.error_after for s in report.stages] == [s.error_after for s in whole.stages]
+    assert [s.error_before for s in report.stages] == [s.error_before for s in whole.stages]
+    handle.restore()
+    fresh, untouched = swapped()
+    untouched.restore()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in fresh.state_dict().items())
+
+
+def test_calibrate__a_checkpoint_of_another_calibration_is_refused(swapped, tmp_path):
+    mrl.calibrate(swapped()[1], [images()], stages=("stats",), config=SHORT, checkpoint=tmp_path)
+    with pytest.raises(mrl.ConfigError, match=r"another calibration is there \(config, images differ\)"):
+        mrl.calibrate(
+            swapped()[1],
+            [images(40)],
+            stages=("stats",),
+            config=dataclasses.replace(SHORT, seed=1),
+            checkpoint=tmp_path,
+        )
 
 
 def test_calibrate__statistics_change_nothing_in_eval(swapped):

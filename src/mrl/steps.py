@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mrl.checkpoint import drop_checkpoint
 from mrl.data import Audit, SplitRow, changed_files, load_audit, make_loader, make_split, write_split
 from mrl.data.audit import audit as audit_images
 from mrl.errors import ConfigError, DataError
@@ -335,10 +336,13 @@ def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, 
     say(
         f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels"
     )
-    report = calibrate(handle, make_loader(images, 64, shuffle_seed=config.seed), config=config)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    loader = make_loader(images, 64, shuffle_seed=config.seed)
+    report = calibrate(handle, loader, config=config, checkpoint=unfinished)
     save(handle.model, folder, overwrite=True)
     document = {**space.stamp(), "setting": read_json(space.file("plan.json"))["setting"], **report.to_dict()}
     write_json(space.file("calibration.json"), document)
+    drop_checkpoint(unfinished)
     before, after = report.stages[0].mean_error_before, report.stages[-1].mean_error_after
     say(
         f"calibrated: error {before:.3f} -> {after:.3f} on held-out images, {report.updates} updates, {report.seconds:.0f} s."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mrl.swap.apply import Handle
 from mrl.swap.calibration import CalibrateConfig, CalibrationReport, StageReport
 from mrl.swap.calibrator import STAGES, Calibrator
 from mrl.swap.modes import evaluating
+from mrl.swap.resume import Resume, facts_of
 
 
 def calibrate(
@@ -21,6 +23,7 @@ def calibrate(
     stages: Sequence[str] = STAGES,
     config: CalibrateConfig | None = None,
     after_stage: Callable[[StageReport], None] | None = None,
+    checkpoint: Path | str | None = None,
 ) -> CalibrationReport:
     """Brings a swapped model back toward its teacher, from images without labels.
 
@@ -39,9 +42,11 @@ def calibrate(
         stages: of "stats", "ridge", "layers", "features", in order.
         config: budget and rates.
         after_stage: called with the report of each stage when it is done, the model in eval mode.
+        checkpoint: folder that keeps the state about once a minute and after every stage; the same call on a fresh swap of
+            the same model goes on from there and gives the same weights. Delete it when the model is saved.
 
     Raises:
-        ConfigError: an unknown stage, fewer than 4 images, or images of several sizes.
+        ConfigError: an unknown stage, fewer than 4 images, images of several sizes, or a checkpoint of another calibration.
         SwapError: the originals were discarded.
 
     Reference:
@@ -64,14 +69,15 @@ def calibrate(
     n_held = min(max(2, round(len(images) * config.held_out)), 256)
     held, train = images[order[:n_held]], images[order[n_held:]]
     device = next(handle.model.parameters()).device
-    report = CalibrationReport(n_images=len(images), n_held_out=n_held, config=config)
-    calibrator = Calibrator(handle, config, held.to(device), train, device)
+    resume = Resume(checkpoint, facts_of(handle.names, stages, config, images) if checkpoint is not None else {})
+    calibrator = Calibrator(handle, config, held.to(device), train, device, resume)
+    report = CalibrationReport(resume.reports, len(images), n_held, config)
     rng = torch.random.get_rng_state()
     with evaluating(handle.model):
-        for stage in stages:
-            report.stages.append(calibrator.run(stage))
+        for stage in stages[len(report.stages) :]:
+            done = calibrator.run(stage)
             if after_stage is not None:
-                after_stage(report.stages[-1])
+                after_stage(done)
         if config.budget is not None:
             over = [name for name, error in calibrator.errors().items() if error > config.budget]
             handle.restore(over)

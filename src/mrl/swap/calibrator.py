@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mrl.checkpoint import load_optimizer, optimizer_tensors
 from mrl.precision import has_bf16
 from mrl.run import progress
 from mrl.swap.apply import Handle
 from mrl.swap.calibration import CalibrateConfig, StageReport
 from mrl.swap.calls import Call, normalised, rows_of
 from mrl.swap.neutral import collect_statistics, search_temperature
+from mrl.swap.resume import Resume
 from mrl.swap.ridge import Ridge, fit_projections, output_projection
 
 STAGES = ("stats", "ridge", "layers", "features")
@@ -30,21 +32,35 @@ class Calibrator:
     """The state that the stages share: held-out activations of the teacher, and the mixers."""
 
     def __init__(
-        self, handle: Handle, config: CalibrateConfig, held: Tensor, train: Tensor, device: torch.device
+        self,
+        handle: Handle,
+        config: CalibrateConfig,
+        held: Tensor,
+        train: Tensor,
+        device: torch.device,
+        resume: Resume,
     ) -> None:
         self.handle, self.config, self.train, self.device = handle, config, train, device
         self.mixers = handle.mixers()
         self.held = held
         bf16 = config.bf16 if config.bf16 is not None else has_bf16(device)
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.resume = resume
+        if resume.tensors:
+            if config.scope == "blocks":
+                handle.keep_blocks()
+            self._put(resume.tensors["now"])
 
     def run(self, stage: str) -> StageReport:
         """One stage, measured on the held-out images before and after; what lost keeps its old values."""
-        start = time.monotonic()
+        inside, tensors = self.resume.inside, self.resume.tensors
+        self.resume.inside, self.resume.tensors = None, {}
         measure = self.feature_error if stage == "features" else self.errors
-        before = measure()
-        old = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in self.mixers.items()}
-        around = {p: p.detach().clone() for p in self._around()} if stage == "features" else {}
+        if inside is None:
+            inside = {"stage": stage, "update": 0, "seconds": 0.0, "before": measure()}
+            tensors = {"old": self._values(), "optimizer": {}}
+        before, old, start = inside["before"], tensors["old"], time.monotonic() - inside["seconds"]
+        self.inside, self.old, self.optimizer_state, self.start = inside, old, tensors["optimizer"], start
         updates = getattr(self, f"_{stage}")()
         after = measure()
         accepted = [n for n in after if after[n] <= before[n] or stage == "stats"]
@@ -55,13 +71,27 @@ class Calibrator:
             if stage == "layers"
             else ()
         )
-        for name in lost:
-            self.mixers[name].load_state_dict(old[name])
-        if lost:
-            for parameter, value in around.items():
-                parameter.data.copy_(value)
+        inside_mixer = tuple(f"{name}." for name in self.mixers)
+        kept_out = tuple(f"{name}." for name in lost)
+        self._put({k: v for k, v in old.items() if lost and (k.startswith(kept_out) or not k.startswith(inside_mixer))})
         after = {n: after[n] if n in accepted else before[n] for n in after}
-        return StageReport(stage, updates, time.monotonic() - start, before, after, accepted)
+        self.resume.reports.append(StageReport(stage, updates, time.monotonic() - start, before, after, accepted))
+        self.resume.save({"now": self._values()}, self.resume.reports)
+        return self.resume.reports[-1]
+
+    def _values(self) -> dict[str, Tensor]:
+        """Copies of every tensor that a calibration may change, by its name in the model."""
+        found = {f"{name}.{k}": v for name, m in self.mixers.items() for k, v in m.state_dict().items()}
+        if self.config.scope == "blocks":
+            found |= {n: p for n, p in self.handle.block_parameters().items() if p.is_floating_point()}
+        return {name: value.detach().clone() for name, value in found.items()}
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        """Copies tensors back into the model, in place."""
+        own = self.handle.model.state_dict(keep_vars=True)
+        for name, value in values.items():
+            own[name].copy_(value)
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
@@ -169,23 +199,33 @@ class Calibrator:
         per_epoch = max(1, n // config.batch_size)
         updates = max(config.min_updates, round(epochs * per_epoch))
         optimizer, flags = self._optimizer(stage)
+        load_optimizer(optimizer, self.optimizer_state)
         warm = max(1, round(0.1 * updates))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda u: min((u + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * (u - warm) / (updates - warm + 1)))
-        )
+        rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.cat([torch.randperm(n, generator=generator) for _ in range(updates * config.batch_size // n + 1)])
-        with progress(f"calibrating {stage}", updates) as advance:
-            for update in range(updates):
-                picked = order[update * config.batch_size :][: config.batch_size]
-                images = self._augmented(self.train[picked], generator).to(self.device)
-                loss = step(images, update)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                advance(note=f"error {loss:.3f}")
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        try:
+            with progress(f"calibrating {stage}", updates) as advance:
+                for update in range(updates):
+                    turn = self._turn(generator)
+                    if update < self.inside["update"]:  # done before the run was killed
+                        advance()
+                        continue
+                    decay = 0.5 + 0.5 * math.cos(math.pi * (update - warm) / (updates - warm + 1))
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * min((update + 1) / warm, decay)
+                    picked = order[update * config.batch_size :][: config.batch_size]
+                    loss = step(self._augmented(self.train[picked], *turn).to(self.device), update)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    advance(note=f"error {loss:.3f}")
+                    if self.resume.due():
+                        self.inside |= {"update": update + 1, "seconds": time.monotonic() - self.start}
+                        parts = {"now": self._values(), "old": self.old, "optimizer": optimizer_tensors(optimizer)}
+                        self.resume.save(parts, self.resume.reports, self.inside)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         return updates
 
     def _around(self) -> list[nn.Parameter]:
@@ -280,10 +320,15 @@ class Calibrator:
         with self.handle.disabled(), self.autocast():
             return call.run(self.handle.model.get_submodule(name))
 
-    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _turn(self, generator: torch.Generator) -> tuple[int, int]:
+        """Whether to mirror a batch, and by how many quarter turns to rotate it."""
         if not self.config.augment:
-            return images
+            return 0, 0
         flip, turns = (int(torch.randint(n, (), generator=generator)) for n in (2, 4))
+        return flip, turns
+
+    @staticmethod
+    def _augmented(images: Tensor, flip: int, turns: int) -> Tensor:
         if images.shape[-1] != images.shape[-2]:
             turns -= turns % 2
         return torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
