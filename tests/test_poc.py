@@ -303,3 +303,20 @@ def test_commands__plan_swap_models_and_audit_stand_alone(data, tmp_path, capsys
     assert (tmp_path / "a" / "protocol.yaml").is_file()
     assert main(["calibrate", "--out", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "calibration.json").is_file()
+
+
+@pytest.mark.parametrize("budget", [pytest.param("0", marks=pytest.mark.slow), "0.02"])
+def test_poc__layers_over_the_budget_go_back_and_the_run_says_so(budget, data, tmp_path):
+    """0 restores every layer, so both arms start as one model; 0.02 restores some; the file that is exported is whole."""
+    import mrl
+
+    out = tmp_path / "run"
+    assert main([*command(data, out), "--calibration.budget", budget]) == 0
+    calibration = json.loads((out / "calibration.json").read_text())
+    swapped = [n for n, m in mrl.load(out / "arms/mrl/calibrated").named_modules() if hasattr(m, "mrl_row")]
+    planned = [r["name"] for r in json.loads((out / "plan.json").read_text())["rows"] if r["action"] == "swap"]
+    assert len(swapped) + len(calibration["restored"]) == len(planned)
+    assert bool(swapped) == (budget != "0")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in calibration["restored"])
+    assert (out / "model.onnx").is_file()  # only written when it is equal to the model
