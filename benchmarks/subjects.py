@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import literal
 from mrl.blocks import RegionalLocalMixer
-from mrl.export import open_session, to_onnx
+from mrl.deploy.onnx import open_session, to_onnx
 
 PEERS = (
     "swin_tiny_patch4_window7_224",

@@ -146,7 +146,7 @@ def test_bench__quick_run_of_everything(tmp_path):
 @pytest.mark.parametrize("name", ["mrl_hovernet_common_qkv_p4m", "mrl_13"])
 def test_openvino__agrees_with_torch(name, form):
     openvino = pytest.importorskip("openvino")
-    from mrl.export import to_onnx
+    from mrl.deploy.onnx import to_onnx
     from subjects import FILES
 
     model = randomized_small(name)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from mrl import export
+from mrl.deploy import formats, parity
+from mrl.deploy.onnx import open_session, plain_float, to_onnx
 from mrl.errors import ConfigError, ParityError
 from mrl.models import Classifier
 from mrl.run import sha256_file
@@ -51,11 +53,11 @@ def perturb(exported, monkeypatch):
         changed = onnx.numpy_helper.to_array(weight) * factor
         weight.CopyFrom(onnx.numpy_helper.from_array(changed.astype(np.float32), weight.name))
 
-        def to_onnx(model, path, image_size, **options):
+        def changed_file(model, path, image_size, **options):
             onnx.save(proto, path)
             return path
 
-        monkeypatch.setattr(export, "to_onnx", to_onnx)
+        monkeypatch.setattr(formats, "to_onnx", changed_file)
 
     return install
 
@@ -63,9 +65,9 @@ def perturb(exported, monkeypatch):
 def test_export_model__equal_to_the_model(exported, model):
     path, facts = exported
     images = photos(7)
-    found = export.open_session(path).run(None, {"image": images.numpy()})[0]
+    found = open_session(path).run(None, {"image": images.numpy()})[0]
     with torch.no_grad():
-        expected = torch.softmax(export.plain_float(model)(images), -1)
+        expected = torch.softmax(plain_float(model)(images), -1)
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-6)
     assert facts["parity"]["max_abs_diff"] <= 1e-5
     assert facts["parity"]["n_images"] == 11
@@ -85,7 +87,7 @@ def test_export_model__facts_and_proof(exported):
 
 
 def test_export_model__metadata(exported):
-    notes = export.open_session(exported[0]).get_modelmeta().custom_metadata_map
+    notes = open_session(exported[0]).get_modelmeta().custom_metadata_map
     said = {key: json.loads(text) for key, text in notes.items()}
     assert said["mrl.preprocess"] == PREPROCESS
     assert said["mrl.classes"] == CLASSES
@@ -96,7 +98,7 @@ def test_export_model__metadata(exported):
 
 
 def test_export_model__names_and_dynamic_batch(exported):
-    session = export.open_session(exported[0])
+    session = open_session(exported[0])
     (given,), (answer,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape[1:], given.type) == ("image", [3, 32, 48], "tensor(float)")
     assert (answer.name, answer.shape[1:]) == ("probabilities", [3])
@@ -155,7 +157,7 @@ def test_export_model__failure_keeps_the_old_file(model, tmp_path, perturb):
     ],
 )
 def test_export_model__wrong_arguments(model, tmp_path, monkeypatch, images, classes, words):
-    monkeypatch.setattr(export, "to_onnx", lambda net, path, size, **_: tiny_file(path, size))
+    monkeypatch.setattr(formats, "to_onnx", lambda net, path, size, **_: tiny_file(path, size))
     with pytest.raises(ConfigError, match=words):
         export.export_model(model, tmp_path / "m.onnx", preprocess=PREPROCESS, classes=classes, images=images)
     assert list(tmp_path.iterdir()) == []
@@ -192,10 +194,10 @@ def tiny_file(path, size):
 def test_judge__ties_count_as_the_same_decision():
     expected = np.array([[0.50001, 0.49999], [0.9, 0.1]])
     found = np.array([[0.49999, 0.50001], [0.9, 0.1]], dtype=np.float32)
-    verdict = export._judge(found, expected, 1e-4)
+    verdict = parity._judge(found, expected, 1e-4)
     assert (verdict["ties"], verdict["same_decisions"]) == (1, True)
     with pytest.raises(ParityError, match="1 of 2 decisions"):
-        export._judge(found, np.array([[0.6, 0.4], [0.9, 0.1]]), 1e-4)
+        parity._judge(found, np.array([[0.6, 0.4], [0.9, 0.1]]), 1e-4)
 
 
 def test_to_onnx__model_is_not_altered(tmp_path):
@@ -203,20 +205,20 @@ def test_to_onnx__model_is_not_altered(tmp_path):
     model.train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    path = export.to_onnx(model, tmp_path / "a.onnx", 12)
+    path = to_onnx(model, tmp_path / "a.onnx", 12)
     assert [m.training for m in model] == [True, False, True, True, True]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     images = photos(5, (12, 12))
     with torch.no_grad():
-        expected = torch.softmax(export.plain_float(model)(images), -1)
-    assert torch.allclose(torch.from_numpy(export.open_session(path).run(None, {"image": images.numpy()})[0]), expected)
+        expected = torch.softmax(plain_float(model)(images), -1)
+    assert torch.allclose(torch.from_numpy(open_session(path).run(None, {"image": images.numpy()})[0]), expected)
 
 
 def test_to_onnx__half_precision_becomes_float32(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten()).bfloat16()
-    path = export.to_onnx(model, tmp_path / "a.onnx", 4)
+    path = to_onnx(model, tmp_path / "a.onnx", 4)
     assert model[0].weight.dtype == torch.bfloat16
-    assert export.open_session(path).get_outputs()[0].type == "tensor(float)"
+    assert open_session(path).get_outputs()[0].type == "tensor(float)"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_to_onnx__half_precision_becomes_float32(tmp_path):
 )
 def test_to_onnx__what_cannot_be_exported(model, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        export.to_onnx(model, tmp_path / "a.onnx", 8)
+        to_onnx(model, tmp_path / "a.onnx", 8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,16 +242,16 @@ class DependsOnValues(nn.Module):
 
 def test_to_onnx__data_dependent_model_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="DependsOnValues cannot be exported to ONNX"):
-        export.to_onnx(DependsOnValues(), tmp_path / "a.onnx", 8)
+        to_onnx(DependsOnValues(), tmp_path / "a.onnx", 8)
 
 
 def test_open_session__not_a_model(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"no model")
     with pytest.raises(ConfigError, match=r"a\.onnx cannot be opened"):
-        export.open_session(tmp_path / "a.onnx")
+        open_session(tmp_path / "a.onnx")
 
 
 def test_take_images__from_a_data_set():
     items = [{"image": image, "label": 0} for image in photos(3)]
-    assert torch.equal(export.take_images(items, [2, 0]), photos(3)[[2, 0]])
-    assert export.take_images(photos(3).double(), [1]).dtype == torch.float32
+    assert torch.equal(parity.take_images(items, [2, 0]), photos(3)[[2, 0]])
+    assert parity.take_images(photos(3).double(), [1]).dtype == torch.float32

@@ -13,8 +13,8 @@ from torch import nn
 
 from mrl import measure
 from mrl.data import Preprocess
+from mrl.deploy.onnx import to_onnx
 from mrl.errors import ConfigError
-from mrl.export import to_onnx
 from mrl.macs import Cost
 from mrl.memory import needed_mb, peak_memory_mb
 from mrl.run import plain

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import nn
 
 from mrl.data import Preprocess, read_image
+from mrl.deploy.onnx import plain_float, to_onnx
 from mrl.errors import ConfigError, ParityError
-from mrl.export import export_model, plain_float, to_onnx
+from mrl.export import export_model
 from mrl.predict import find_images, open_exported, predict
 
 CLASSES = ["crack", "good, clean", "unsure"]
@@ -147,9 +148,12 @@ def test_predict__changed_file_is_refused(exported, folder, tmp_path):
         predict(copy, folder, tmp_path / "x.csv")
 
 
-def test_predict__file_without_proof_warns(exported, folder, tmp_path, capsys):
+def test_predict__file_without_proof_needs_a_word(exported, folder, tmp_path, capsys):
     (tmp_path / "model.onnx").write_bytes(exported.read_bytes())
-    assert predict(tmp_path / "model.onnx", folder / "0.png", tmp_path / "x.csv")["n_errors"] == 0
+    with pytest.raises(ParityError, match=r"model.parity.json is not beside .*--unproved"):
+        predict(tmp_path / "model.onnx", folder / "0.png", tmp_path / "x.csv")
+    summary = predict(tmp_path / "model.onnx", folder / "0.png", tmp_path / "x.csv", unproved=True)
+    assert summary["n_errors"] == 0
     assert "model.parity.json is not beside" in capsys.readouterr().err
 
 
@@ -158,10 +162,10 @@ def test_predict__files_that_are_not_ours(exported, folder, tmp_path):
         predict(tmp_path / "none.onnx", folder, tmp_path / "x.csv")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ConfigError, match="cannot be opened"):
-        predict(tmp_path / "text.onnx", folder, tmp_path / "x.csv")
+        predict(tmp_path / "text.onnx", folder, tmp_path / "x.csv", unproved=True)
     foreign = to_onnx(nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten()), tmp_path / "foreign.onnx", 4)
     with pytest.raises(ConfigError, match="was not written by `mrl export`"):
-        predict(foreign, folder, tmp_path / "x.csv")
+        predict(foreign, folder, tmp_path / "x.csv", unproved=True)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])

@@ -30,7 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "models": commands.models,
 }
 LISTS = ("--layers", "--image-size")
-POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",)}
+POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",), "export": ("out",)}
 
 
 def build_parser() -> ArgumentParser:

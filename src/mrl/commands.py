@@ -263,18 +263,31 @@ def measure(out: str, overwrite: bool = False) -> None:
     results.measure_step(Workspace(out), overwrite=overwrite)
 
 
-def export(out: str, arm: str | None = None, overwrite: bool = False) -> None:
-    """Exports the chosen arm to OUT/model.onnx, proved equal on real test images or not written.
+def export(
+    out: str,
+    arm: str | None = None,
+    format: Literal["onnx", "openvino", "torch-export"] = "onnx",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
+    max_drop: float = 0.005,
+    overwrite: bool = False,
+) -> None:
+    """Exports the chosen arm to OUT/model.onnx or another format, proved equal on real images or not written.
 
     Args:
         out: the run folder.
         arm: baseline or mrl; without it mrl on a go, else baseline.
+        format: onnx, openvino or torch-export; other than onnx in fp32 it is OUT/model-FORMAT-PRECISION.
+        precision: fp32 has to give the same numbers; below it the metric may drop by max_drop.
+        max_drop: as a share; the one-sided 95 % bound of the drop counts.
         overwrite: replace a file that is there.
     """
-    results.export_step(Workspace(out), arm=arm, overwrite=overwrite)
+    chosen = {"format": format, "precision": precision, "max_drop": max_drop}
+    results.export_step(Workspace(out), arm=arm, **chosen, overwrite=overwrite)
 
 
-def predict(model: str, images: str, out: str, batch_size: int = 32, overwrite: bool = False) -> None:
+def predict(
+    model: str, images: str, out: str, batch_size: int = 32, unproved: bool = False, overwrite: bool = False
+) -> None:
     """Predicts images with an exported file, with exactly the preprocessing of training; writes a CSV.
 
     Args:
@@ -282,11 +295,12 @@ def predict(model: str, images: str, out: str, batch_size: int = 32, overwrite: 
         images: folder, file, pattern, or CSV with a column `path`.
         out: the CSV to write: image, prediction, p_<class>..., error.
         batch_size: images in a pass.
+        unproved: use a file that has no proof of its equality beside it.
         overwrite: replace a CSV that is there.
     """
     from mrl.predict import predict as run_predict
 
-    run_predict(model, images, out, batch_size=batch_size, overwrite=overwrite)
+    run_predict(model, images, out, batch_size=batch_size, unproved=unproved, overwrite=overwrite)
 
 
 def report(

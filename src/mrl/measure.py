@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mrl import run
+from mrl.deploy.onnx import open_session, plain_float, to_onnx
+from mrl.deploy.parity import take_images
 from mrl.errors import ConfigError, MrlError
-from mrl.export import open_session, plain_float, take_images, to_onnx
 from mrl.macs import Cost, count, image_pair, twin
 from mrl.memory import memory_left_mb, needed_mb, peak_memory_mb
 from mrl.stats import Interval, latency_verdict, ratio_of_medians

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from mrl import run
 from mrl.data import Preprocess, list_images, read_image
-from mrl.errors import ConfigError, DataError, ParityError
-from mrl.export import PREFIX, open_session, parity_path
+from mrl.deploy.parity import check_proof
+from mrl.deploy.runtimes import Runtime, open_runtime
+from mrl.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class Exported:
     """A file of `mrl export`, opened and checked.
 
     Args:
-        session: of ONNX Runtime.
+        runtime: what computes it.
         classes: names in the order of the outputs.
         preprocess: what images go through first.
         metadata: everything else that travels in the file.
     """
 
-    session: Any
+    runtime: Runtime
     classes: tuple[str, ...]
     preprocess: Preprocess
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def probabilities(self, images: Tensor) -> np.ndarray:
         """Preprocessed images (B, 3, H, W) -> (B, K)."""
-        return self.session.run(None, {"image": np.ascontiguousarray(images.numpy())})[0]
+        return self.runtime(images)
 
 
 def predict(
@@ -49,6 +49,7 @@ def predict(
     out: Path | str,
     *,
     batch_size: int = 32,
+    unproved: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Predicts images with an exported file and writes one row an image: image, prediction, p_<class>..., error.
@@ -61,6 +62,7 @@ def predict(
             `path` (relative to the CSV's folder).
         out: the CSV to write; it appears whole or not at all.
         batch_size: images in a pass; the answers do not depend on it, memory does.
+        unproved: use a file that has no proof of its equality beside it.
         overwrite: replace a CSV that is there.
 
     Returns:
@@ -69,13 +71,13 @@ def predict(
 
     Raises:
         ConfigError: no such file, not a file of `mrl export`, no images, or `out` exists.
-        ParityError: the file is not the one that was proved equal.
+        ParityError: the file has no proof, or is not the one that was proved equal.
     """
     out = run.refuse_existing(out, overwrite)
     if isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: must be a whole number of at least 1.")
     start = time.monotonic()
-    exported = open_exported(model_file)
+    exported = open_exported(model_file, unproved=unproved)
     found, others = find_images(images)
     if others:
         run.say(f"{others} files in {images} are not images and are left out (by their names).")
@@ -101,21 +103,26 @@ def predict(
     }
 
 
-def open_exported(path: Path | str) -> Exported:
+def open_exported(path: Path | str, *, unproved: bool = False, threads: int | None = None) -> Exported:
     """Opens a file of `mrl export` after comparing it with its proof.
 
+    Args:
+        path: `.onnx`, `.xml` (OpenVINO) or `.pt2` (torch.export), with its `.parity.json` beside it.
+        unproved: open it without a proof that fits, with a warning.
+        threads: for the work of one call; None takes torch's number.
+
     Raises:
-        ConfigError: not there, not an ONNX file, or not one of `mrl export`.
-        ParityError: changed since it was proved equal.
+        ConfigError: not there, not a model file, or not one of `mrl export`.
+        ParityError: no proof beside it, or changed since it was proved equal.
+        MissingExtra: an OpenVINO file, and OpenVINO is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: not found; give the model.onnx that `mrl export` (or `mrl poc`) wrote.")
-    _check_proof(path)
-    session = open_session(path)
-    notes = session.get_modelmeta().custom_metadata_map
+    check_proof(path, unproved=unproved)
+    runtime = open_runtime(path, threads=threads)
+    metadata = runtime.metadata
     try:
-        metadata = {key.removeprefix(PREFIX): json.loads(text) for key, text in notes.items() if key.startswith(PREFIX)}
         classes = tuple(str(name) for name in metadata["classes"])
         preprocess = Preprocess.from_dict(metadata["preprocess"])
     except (KeyError, TypeError, ValueError) as error:
@@ -123,23 +130,7 @@ def open_exported(path: Path | str) -> Exported:
             f"{path}: was not written by `mrl export` (it does not say its classes and preprocessing), "
             "so images cannot be prepared as in training; export the model with `mrl export`."
         ) from error
-    return Exported(session, classes, preprocess, metadata)
-
-
-def _check_proof(path: Path) -> None:
-    proof = parity_path(path)
-    if not proof.is_file():
-        run.say(f"warning: {proof.name} is not beside {path.name}, so nothing shows that it equals its model.")
-        return
-    try:
-        expected = str(json.loads(proof.read_text(encoding="utf-8"))["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParityError(f"{proof}: is damaged; export the model again with `mrl export --overwrite`.") from error
-    if run.sha256_file(path) != expected:
-        raise ParityError(
-            f"{path}: is not the file that {proof.name} proves equal to its model (another SHA-256): it was changed or "
-            "damaged; copy both files again, or export with `mrl export --overwrite`."
-        )
+    return Exported(runtime, classes, preprocess, metadata)
 
 
 def find_images(images: Path | str) -> tuple[list[tuple[str, Path]], int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mrl.compare import compare
+from mrl.data import ImageSet
 from mrl.decision import decision_of
+from mrl.deploy.formats import check_choice
 from mrl.errors import ConfigError
 from mrl.evaluate import evaluate_arm, write_evaluation, write_predictions
-from mrl.export import export_model
+from mrl.export import Lossy, export_model, file_name
 from mrl.measure import measure_arms
 from mrl.report import report
 from mrl.run import read_json, refuse_existing, say, write_json
@@ -82,16 +85,37 @@ def decide_step(space: Workspace) -> dict[str, Any]:
     return decision_of(read_json(space.file("comparison.json")), read_json(space.file("measure.json")), space.protocol)
 
 
-def export_step(space: Workspace, *, arm: str | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Exports the arm that was decided for, or `arm`, proved equal on real test images; writes `model.onnx` and `export.json`."""
-    path = refuse_existing(space.file("model.onnx"), overwrite)
+def export_step(
+    space: Workspace,
+    *,
+    arm: str | None = None,
+    format: str = "onnx",
+    precision: str = "fp32",
+    max_drop: float = 0.005,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Exports the arm that was decided for, or `arm`, proved equal on real test images; writes the file and `export.json`.
+
+    Below float32 the proof takes every image that neither set a weight nor a range: the validation and the test side
+    (int8, whose accuracy control saw the validation side: the test side alone).
+    """
+    check_choice(format, precision)
+    path = refuse_existing(space.file(file_name(format, precision)), overwrite)
     if arm is None:
         arm = "mrl" if decide_step(space)["decision"] == "go" else "baseline"
     elif arm not in ARMS:
         raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
     protocol = space.protocol
     test = space.image_set("test")
-    images = [test[i]["image"] for i in _spread(len(test), PARITY_IMAGES)]
+    images: Any = [test[i]["image"] for i in _varied(space, test, PARITY_IMAGES)]
+    lossy = Lossy(precision, max_drop)
+    if precision != "fp32":
+        judges = test if precision == "int8" else space.image_set("val", "test")
+        images, more = judges, {}
+        if precision == "int8":
+            train, val = space.image_set("train"), space.image_set("val")
+            more = {"calibration": _Items(train), "validation": _Items(val), "validation_targets": val.labels}
+        lossy = Lossy(precision, max_drop, protocol.metric, judges.labels, **more)
     meta = {
         "arm": arm,
         "protocol_sha256": protocol.sha256(),
@@ -108,13 +132,45 @@ def export_step(space: Workspace, *, arm: str | None = None, overwrite: bool = F
         images=images,
         meta=meta,
         overwrite=overwrite,
+        lossy=lossy,
     )
-    write_json(space.file("export.json"), found)
-    parity = found["parity"]
-    say(
-        f"exported {arm} to {path}: equal on {parity['n_images']} test images (largest difference {parity['max_abs_diff']:.1e})."
-    )
+    if path.name == "model.onnx":
+        write_json(space.file("export.json"), found)
+    say(f"exported {arm} to {path}: {_proved(found['parity'])}")
     return found
+
+
+def _proved(parity: dict[str, Any]) -> str:
+    if parity.get("drop") is None:
+        return f"equal on {parity['n_images']} test images (largest difference {parity['max_abs_diff']:.1e})."
+    drop, metric = parity["drop"], parity["metric"].replace("_", " ")
+    return (
+        f"{parity['flips']} of {parity['n_images']} decisions changed; {metric} drops by {100 * drop['estimate']:.2f} points, "
+        f"with 95 % confidence by less than {100 * drop['high']:.2f}."
+    )
+
+
+class _Items(Sequence):
+    """The images of a set without their labels."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.images[row]["image"]
+
+
+def _varied(space: Workspace, images: ImageSet, most: int) -> list[int]:
+    """At most `most` indices: one of every size and mode of the files first, then evenly over all."""
+    kinds: dict[tuple[str, str], int] = {}
+    for index, sample in enumerate(images.samples):
+        record = space.audit.files[sample.image]
+        kinds.setdefault((record.size, record.mode), index)
+    rows = [*list(kinds.values())[: most // 2], *_spread(len(images), most)]
+    return sorted(list(dict.fromkeys(rows))[:most])
 
 
 def _spread(n: int, most: int) -> list[int]:

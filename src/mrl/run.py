@@ -19,7 +19,9 @@ from typing import Any
 
 from mrl.errors import ConfigError
 
-LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn", "onnx", "onnxruntime")
+LIBRARIES = (
+    "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn", "onnx", "onnxruntime", "openvino", "nncf",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""From a model to a file in production: formats, precisions, and the gate that lets nothing unequal through."""

@@ -1,0 +1,178 @@
+"""Opening and running an exported file: ONNX Runtime, OpenVINO or torch.export; one call, safe in threads."""
+
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mrl.deploy.onnx import PREFIX, one_line, open_session
+from mrl.errors import ConfigError, MissingExtra
+
+SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export"}
+NOTES = "mrl.json"
+PRECISION_HINTS = {"bf16": "bf16"}  # of OpenVINO; everything else is computed in float32, int8 files in what they say
+
+
+class Run(Protocol):
+    """What calls a file."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(B, 3, H, W) float32 -> (B, K) float32."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An exported file, ready to answer; several threads may call it.
+
+    Args:
+        format: "onnx", "openvino" or "torch-export".
+        run: images (B, 3, H, W) float32 -> probabilities (B, K).
+        metadata: what `mrl export` wrote into the file.
+    """
+
+    format: str
+    run: Run
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, images: np.ndarray | torch.Tensor) -> np.ndarray:
+        """(B, 3, H, W) -> (B, K)."""
+        array = images.numpy() if isinstance(images, torch.Tensor) else images
+        return self.run(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def files_of(path: Path | str) -> list[Path]:
+    """Every file that an export of this name consists of: OpenVINO keeps its weights beside the graph.
+
+    Example:
+        >>> [p.name for p in files_of("a/model.xml")]
+        ['model.xml', 'model.bin']
+    """
+    path = Path(path)
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def open_runtime(path: Path | str, *, threads: int | None = None) -> Runtime:
+    """Opens a file of `mrl export` by its suffix; what computes it needs to be installed, nothing else.
+
+    Args:
+        path: `.onnx`, `.xml` (OpenVINO, with its `.bin` beside it) or `.pt2` (torch.export).
+        threads: for the work of one call; None takes torch's number.
+
+    Raises:
+        ConfigError: not such a file, or one that this runtime cannot read.
+        MissingExtra: an OpenVINO file, and OpenVINO is not installed.
+
+    Example:
+        >>> open_runtime("model.h5")
+        Traceback (most recent call last):
+        mrl.errors.ConfigError: model.h5: give a .onnx, .xml (OpenVINO) or .pt2 (torch.export) file of `mrl export`.
+    """
+    path = Path(path)
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise ConfigError(f"{path}: give a .onnx, .xml (OpenVINO) or .pt2 (torch.export) file of `mrl export`.")
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found; give a file that `mrl export` (or `mrl poc`) wrote.")
+    return {"onnx": _onnx, "openvino": _openvino, "torch-export": _torch_export}[kind](path, threads)
+
+
+def _onnx(path: Path, threads: int | None) -> Runtime:
+    session = open_session(path, threads=threads)
+    notes = session.get_modelmeta().custom_metadata_map
+    metadata = {key.removeprefix(PREFIX): _json(text) for key, text in notes.items() if key.startswith(PREFIX)}
+    return Runtime("onnx", lambda images: session.run(None, {"image": images})[0], metadata)
+
+
+def openvino() -> Any:
+    """The module `openvino`.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        import openvino as ov
+    except ModuleNotFoundError as error:
+        raise MissingExtra("OpenVINO is not installed; run `pip install mrl[openvino]`.") from error
+    return ov
+
+
+def _openvino(path: Path, threads: int | None) -> Runtime:
+    ov = openvino()
+    if not path.with_suffix(".bin").is_file():
+        raise ConfigError(f"{path}: its weights, {path.with_suffix('.bin').name}, are not beside it; copy both files.")
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise ConfigError(f"{path.name} cannot be opened by OpenVINO: {one_line(error)}.") from error
+    notes = model.get_rt_info(["mrl", NOTES]).astype(str) if model.has_rt_info(["mrl", NOTES]) else "{}"
+    metadata = _json(notes)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    return Runtime("openvino", compile_openvino(model, metadata.get("precision", "fp32"), threads), metadata)
+
+
+def compile_openvino(model: Any, precision: str = "fp32", threads: int | None = None) -> Run:
+    """An OpenVINO model on the CPU with the precision said, not chosen by the plugin; every thread has its own request.
+
+    Args:
+        model: of `openvino.Core().read_model`.
+        precision: "bf16" computes in bfloat16; anything else in float32, int8 layers in int8.
+        threads: None takes torch's number.
+    """
+    settings = {
+        "INFERENCE_PRECISION_HINT": PRECISION_HINTS.get(precision, "f32"),
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino().Core().compile_model(model, "CPU", settings)
+    local = threading.local()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        return np.array(local.request.infer([images])[compiled.output(0)], dtype=np.float32)
+
+    return run
+
+
+def _torch_export(path: Path, threads: int | None) -> Runtime:
+    _refuse_pickles(path)
+    extra = {NOTES: ""}
+    try:
+        program = torch.export.load(path, extra_files=extra)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path.name} cannot be opened by torch.export: {one_line(error)}.") from error
+    module = program.module()
+    metadata = _json(extra[NOTES] or "{}")
+
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> np.ndarray:
+        return module(torch.from_numpy(images)).numpy()
+
+    return Runtime("torch-export", run, metadata if isinstance(metadata, dict) else {})
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raises ConfigError for an archive whose tensors would be unpickled, which can run any code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tables = [n for n in archive.namelist() if n.endswith(("_weights_config.json", "_constants_config.json"))]
+            texts = [archive.read(name).decode("utf-8", "replace") for name in tables]
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"{path.name} is not a torch.export archive, or is damaged.") from error
+    if not tables or any('"use_pickle": true' in text.replace('":true', '": true') for text in texts):
+        raise ConfigError(f"{path.name} has pickled tensors, which can run any code; export it with `mrl export`.")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
