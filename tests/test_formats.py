@@ -225,7 +225,7 @@ def test_open_runtime__pickles_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="pickled"):
         open_runtime(bad)
     (tmp_path / "none.pt2").write_bytes(b"no archive")
-    with pytest.raises(ConfigError, match="not a torch.export archive"):
+    with pytest.raises(ConfigError, match=r"not a torch\.export archive"):
         open_runtime(tmp_path / "none.pt2")
 
 

@@ -1,9 +1,16 @@
 """Every image gets a row, and the answer that the torch model gives it."""
 
 import csv
+import io
 import json
+import shutil
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import timm
 import torch
@@ -13,8 +20,10 @@ from torch import nn
 from mrl.data import Preprocess, read_image
 from mrl.deploy.onnx import plain_float, to_onnx
 from mrl.errors import ConfigError, ParityError
+from mrl.explain import region_map
 from mrl.export import export_model
-from mrl.predict import find_images, open_exported, predict
+from mrl.predict import find_images, predict
+from mrl.predictor import Predictor
 
 CLASSES = ["crack", "good, clean", "unsure"]
 PREPROCESS = Preprocess((32, 48), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), interpolation="bicubic")
@@ -125,14 +134,213 @@ def test_predict__refuses_what_exists(exported, folder, tmp_path):
     assert len(rows_of(tmp_path / "x.csv")) == 1
 
 
-def test_predict__stopped_half_way_leaves_nothing(exported, folder, tmp_path, monkeypatch):
-    def stop(*_):
+def test_predict__stopped_half_way_goes_on_and_gives_the_same_table(exported, folder, tmp_path, monkeypatch):
+    whole = predict(exported, folder, tmp_path / "whole.csv", batch_size=2)
+    real, calls = Predictor.probabilities, []
+
+    def stop(self, images):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    monkeypatch.setattr(Predictor, "probabilities", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict(exported, folder, tmp_path / "x.csv", batch_size=2)
+    assert not (tmp_path / "x.csv").exists()
+    with (tmp_path / "x.csv.part").open("ab") as file:
+        file.write(b'{"image": "cut off')  # as a killed process may leave it
+    summary = predict(exported, folder, tmp_path / "x.csv", batch_size=2)
+    assert summary["resumed_at"] == 6
+    assert {k: summary[k] for k in ("n_images", "n_errors", "classes")} == {
+        k: whole[k] for k in ("n_images", "n_errors", "classes")
+    }
+    assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.csv", "x.csv"]
+
+
+def test_predict__an_unfinished_run_of_other_images_is_not_gone_on_with(exported, folder, tmp_path, monkeypatch):
+    images = shutil.copytree(folder, tmp_path / "images")
+
+    def stop(self, images):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mrl.predict.Exported.probabilities", stop)
-    with pytest.raises(KeyboardInterrupt):
-        predict(exported, folder, tmp_path / "x.csv")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        real, calls = Predictor.probabilities, []
+        patch.setattr(
+            Predictor, "probabilities", lambda s, x: (calls.append(1), real(s, x) if len(calls) < 3 else stop(s, x))[1]
+        )
+        with pytest.raises(KeyboardInterrupt):
+            predict(exported, images, tmp_path / "x.csv", batch_size=2)
+    with pytest.raises(ConfigError, match="another model or other images"):
+        predict(exported, images, tmp_path / "x.csv", batch_size=3)
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(images / "0.png")
+    with pytest.raises(ConfigError, match=r"0\.png: the images are not those of the unfinished run"):
+        predict(exported, images, tmp_path / "x.csv", batch_size=2)
+    assert predict(exported, images, tmp_path / "x.csv", batch_size=4, overwrite=True)["resumed_at"] == 0
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_predict__other_tables_say_the_same(exported, folder, tmp_path, suffix):
+    predict(exported, folder, tmp_path / "x.csv")
+    predict(exported, folder, tmp_path / f"x{suffix}")
+    if suffix == ".jsonl":
+        found = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
+    else:
+        found = pyarrow.parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    for row, expected in zip(found, rows_of(tmp_path / "x.csv"), strict=True):
+        assert list(row) == list(expected)
+        assert {k: "" if v is None else repr(v) if isinstance(v, float) else v for k, v in row.items()} == expected
+
+
+def test_predict__several_sources_and_standard_input(exported, folder, tmp_path, monkeypatch):
+    predict(exported, [folder / "3.png", f"{folder}/[01].png"], tmp_path / "several.csv")
+    names = [row["image"] for row in rows_of(tmp_path / "several.csv")]
+    assert [Path(name).name for name in names] == ["3.png", "0.png", "1.png"]
+    lines = f"{folder}/3.png\n\n{folder}/gone.png\n{folder}/0.png\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert predict(exported, "-", tmp_path / "stdin.csv", batch_size=1)["n_errors"] == 1
+    rows = rows_of(tmp_path / "stdin.csv")
+    assert [Path(row["image"]).name for row in rows] == ["3.png", "gone.png", "0.png"]
+    assert rows[0]["p_crack"] == rows_of(tmp_path / "several.csv")[0]["p_crack"]
+    with pytest.raises(ConfigError, match="stands alone"):
+        predict(exported, ["-", folder], tmp_path / "x.csv")
+    with pytest.raises(ConfigError, match=r"\.csv, \.jsonl, \.parquet"):
+        predict(exported, folder, tmp_path / "x.xlsx")
+
+
+def test_predictor__answers_as_they_come(exported, folder):
+    """A camera: with nothing read ahead, the answer of one frame is there before the next frame is asked for."""
+    model, asked = Predictor(exported), []
+
+    def frames():
+        for i in range(3):
+            asked.append(i)
+            yield folder / f"{i}.png"
+
+    for i, answer in enumerate(model.stream(frames(), batch_size=1, ahead=0)):
+        assert answer.prediction in CLASSES
+        assert asked == list(range(i + 1))
+
+
+def test_predictor__paths_bytes_and_arrays_are_one_image(exported, folder):
+    model = Predictor(exported)
+    by_path, by_bytes = model(folder / "2.png"), model((folder / "2.png").read_bytes())
+    by_array = model(np.asarray(Image.open(folder / "2.png")))
+    deep = model(np.asarray(Image.open(folder / "deep.png")))
+    for answer in (by_bytes, by_array):
+        assert np.array_equal(answer.probabilities, by_path.probabilities)
+    assert np.array_equal(deep.probabilities, model(folder / "deep.png").probabilities)
+    for bad in (np.zeros((4, 4)), np.zeros((0, 4), np.uint8), np.zeros((4, 4, 2), np.uint8), b"", b"no image"):
+        assert model(bad).error
+        assert model(bad).prediction is None
+
+
+def test_predictor__many_threads_use_one(exported, folder):
+    model = Predictor(exported)
+    files = [folder / f"{i}.png" for i in range(7)]
+    expected = [model(f).probabilities for f in files]
+    with ThreadPoolExecutor(8) as pool:
+        for i, answer in enumerate(pool.map(model, files * 20)):
+            assert np.array_equal(answer.probabilities, expected[i % 7])
+
+
+def test_predict__explain_draws_where_the_answer_is(exported, folder, tmp_path):
+    predict(exported, folder, tmp_path / "x.csv", explain=True)
+    rows = rows_of(tmp_path / "x.csv")
+    for row in rows:
+        assert bool(row["map"]) == (not row["error"])
+        if row["map"]:
+            with Image.open(tmp_path / row["map"]) as drawn:
+                assert drawn.width >= 448
+                assert drawn.width / drawn.height == pytest.approx(48 / 32, abs=0.01)
+    assert len(list((tmp_path / "x_maps").rglob("*.png"))) == len(GOOD)
+
+
+def test_region_map__finds_the_one_region_that_matters(exported):
+    """A model that looks at one corner only: no other region changes its answer."""
+
+    class Corner(Predictor):
+        def probabilities(self, images):
+            bright = torch.sigmoid(images[:, :, :8, :12].mean((1, 2, 3)) - 1).numpy()
+            return np.stack([bright, 1 - bright], 1)
+
+    image = torch.zeros(3, 32, 48)
+    image[:, :8, :12] = 3
+    found = region_map(Corner(exported), image, (4, 4))
+    assert found.argmax() == 0
+    assert np.abs(np.delete(found.ravel(), 0)).max() == 0
+
+
+HOSTILE = {
+    "one.png": lambda p: Image.new("L", (1, 1), 7).save(p),
+    "long.png": lambda p: Image.new("L", (20_000, 10), 7).save(p),
+    "cmyk.jpg": lambda p: Image.new("CMYK", (30, 20), (9, 80, 200, 4)).save(p),
+    "palette.png": lambda p: Image.new("P", (30, 20), 3).save(p, transparency=3),
+    "animated.gif": lambda p: Image.new("P", (30, 20), 3).save(
+        p, save_all=True, append_images=[Image.new("P", (30, 20), 9)]
+    ),
+    "deep.tif": lambda p: Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(p),
+    "jpeg_inside.png": lambda p: Image.new("RGB", (30, 20), (9, 80, 200)).save(p, "jpeg"),
+}
+REPORTED = {
+    "nan.tif": lambda p: Image.fromarray(np.full((20, 30), np.nan, np.float32)).save(p),
+    "empty.png": lambda p: p.write_bytes(b""),
+    "text.png": lambda p: p.write_text("no image"),
+    "bomb.png": lambda p: p.write_bytes(bomb()),
+}
+
+
+def bomb():
+    """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return bytes([137, 80, 78, 71, 13, 10, 26, 10]) + parts
+
+
+def test_predict__hostile_images_are_answered_or_reported(exported, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, make in {**HOSTILE, **REPORTED}.items():
+        make(tmp_path / "images" / name)
+    predict(exported, tmp_path / "images", tmp_path / "x.csv")
+    rows = {row["image"]: row for row in rows_of(tmp_path / "x.csv")}
+    assert set(rows) == {*HOSTILE, *REPORTED}
+    assert {name for name, row in rows.items() if row["error"]} == set(REPORTED)
+    assert all(row["prediction"] in CLASSES for name, row in rows.items() if name in HOSTILE)
+
+
+def test_predict__exif_orientation_is_the_same_as_in_training(exported, folder, tmp_path):
+    """A picture that is stored on its side with EXIF 6 gets the answer of the upright one."""
+    upright = Image.open(folder / "5.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    model = Predictor(exported)
+    assert np.array_equal(model(tmp_path / "turned.png").probabilities, model(folder / "5.png").probabilities)
+    assert torch.equal(read_image(tmp_path / "turned.png"), read_image(folder / "5.png"))
+
+
+@pytest.mark.parametrize("source", ["0.png", "lot 2/grey.jpg", "deep.png"])
+def test_predictor__mutated_images_never_crash(exported, folder, source):
+    """150 images with bytes changed, cut out or repeated: an answer of finite numbers or a reason, nothing else."""
+    model, data, rng = Predictor(exported), (folder / source).read_bytes(), np.random.default_rng(0)
+    mutated = []
+    for i in range(150):
+        part = bytearray(data)
+        for at in rng.integers(0, len(part), 1 + i % 8):
+            part[at] = rng.integers(256)
+        if i % 3 == 0:
+            part = part[: rng.integers(1, len(part))]
+        if i % 5 == 0:
+            part += part[rng.integers(len(part)) :]
+        mutated.append(bytes(part))
+    for answer in model.predict(mutated, batch_size=16):
+        assert bool(answer.error) != (answer.prediction in CLASSES)
+        assert answer.error or np.isfinite(answer.probabilities).all()
 
 
 def test_predict__changed_file_is_refused(exported, folder, tmp_path):
@@ -186,8 +394,8 @@ def test_find_images__nothing_there(tmp_path):
         find_images(tmp_path / "b.csv")
 
 
-def test_open_exported__what_travels_in_the_file(exported):
-    found = open_exported(exported)
+def test_predictor__what_travels_in_the_file(exported):
+    found = Predictor(exported)
     assert found.classes == tuple(CLASSES)
     assert found.preprocess.to_dict() == PREPROCESS.to_dict()
     assert found.metadata["arm"] == "mrl"

@@ -25,6 +25,7 @@ _LAZY = {
     "Protocol": "mrl.protocol",
     "poc": "mrl.poc",
     "predict": "mrl.predict",
+    "Predictor": "mrl.predictor",
 }
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 LISTS = ("--layers", "--image-size")
 POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",), "export": ("out",)}
+REST = ("predict",)
 
 
 def build_parser() -> ArgumentParser:
@@ -121,6 +123,8 @@ def _normalise(words: list[str]) -> list[str]:
     switches = {"--" + p.name.replace("_", "-") for p in _parameters(function) if p.annotation in (bool, "bool")}
     switches |= {"--" + f.replace("_", "-") for f in _switch_fields(function)}
     bare = list(POSITIONAL.get(words[0], ()))
+    many = bare[-1] if words[0] in REST else None  # takes all words that are left
+    rest: list[str] = []
     out: list[str] = []
     i = 0
     while i < len(words):
@@ -139,12 +143,15 @@ def _normalise(words: list[str]) -> list[str]:
         elif word.startswith("--") and "=" not in word:
             out += words[i : i + 2]
             i += 1
-        elif i and bare and not word.startswith("-"):
-            out.append(f"--{bare.pop(0)}={word}")
+        elif i and bare and (word == "-" or not word.startswith("-")):
+            if bare[0] == many:
+                rest.append(word)
+            else:
+                out.append(f"--{bare.pop(0)}={word}")
         else:
             out.append(word)
         i += 1
-    return out
+    return [*out, f"--{many}={json.dumps(rest)}"] if rest else out
 
 
 def _switch_fields(function: Callable[..., Any]) -> list[str]:

@@ -286,21 +286,31 @@ def export(
 
 
 def predict(
-    model: str, images: str, out: str, batch_size: int = 32, unproved: bool = False, overwrite: bool = False
+    model: str,
+    images: list[str],
+    out: str,
+    batch_size: int = 32,
+    threads: int | None = None,
+    explain: bool = False,
+    unproved: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Predicts images with an exported file, with exactly the preprocessing of training; writes a CSV.
+    """Predicts images with an exported file, with exactly the preprocessing of training; writes a table.
 
     Args:
-        model: a model.onnx of `mrl export`.
-        images: folder, file, pattern, or CSV with a column `path`.
-        out: the CSV to write: image, prediction, p_<class>..., error.
+        model: a file of `mrl export`: .onnx, .xml or .pt2.
+        images: folders, files, patterns, CSVs with a column `path`, or - for paths on standard input.
+        out: the .csv, .jsonl or .parquet to write: image, prediction, p_<class>..., error; a killed run goes on.
         batch_size: images in a pass.
+        threads: for the work of one pass; all cores without it.
+        explain: also draw which regions of each picture the answer hangs on, in OUT_maps.
         unproved: use a file that has no proof of its equality beside it.
-        overwrite: replace a CSV that is there.
+        overwrite: replace a table that is there.
     """
     from mrl.predict import predict as run_predict
 
-    run_predict(model, images, out, batch_size=batch_size, unproved=unproved, overwrite=overwrite)
+    more = {"threads": threads, "explain": explain, "unproved": unproved, "overwrite": overwrite}
+    run_predict(model, images, out, batch_size=batch_size, **more)
 
 
 def report(

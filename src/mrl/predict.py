@@ -1,136 +1,175 @@
-"""Answers for new images from an exported file: ONNX Runtime and exactly the preprocessing of training."""
+"""Answers for new images from an exported file, as a table: streamed, resumed after a kill, nothing left out."""
 
 from __future__ import annotations
 
 import glob
+import itertools
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from mrl import run
-from mrl.data import Preprocess, list_images, read_image
-from mrl.deploy.parity import check_proof
-from mrl.deploy.runtimes import Runtime, open_runtime
-from mrl.errors import ConfigError, DataError
+from mrl.data import list_images
+from mrl.deploy.runtimes import files_of
+from mrl.errors import ConfigError
+from mrl.explain import MAP_SUFFIX, write_map
+from mrl.journal import Journal
+from mrl.predictor import AHEAD, Answer, Predictor, check_batch
 
-
-@dataclass(frozen=True)
-class Exported:
-    """A file of `mrl export`, opened and checked.
-
-    Args:
-        runtime: what computes it.
-        classes: names in the order of the outputs.
-        preprocess: what images go through first.
-        metadata: everything else that travels in the file.
-    """
-
-    runtime: Runtime
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def probabilities(self, images: Tensor) -> np.ndarray:
-        """Preprocessed images (B, 3, H, W) -> (B, K)."""
-        return self.runtime(images)
+STDIN = "-"
 
 
 def predict(
     model_file: Path | str,
-    images: Path | str,
+    images: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
     batch_size: int = 32,
+    threads: int | None = None,
+    explain: bool = False,
     unproved: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Predicts images with an exported file and writes one row an image: image, prediction, p_<class>..., error.
 
-    Rows are sorted by image. An image that cannot be read has its reason under `error` and no answer; none is left out.
+    Rows are in the order of the images (a folder's sorted by name). An image that cannot be read has its reason under `error`
+    and no answer; none is left out. What is done lies in `<out>.part` until the table is whole: the same call goes on from there
+    after a kill, and gives the same table. Memory does not grow with the number of images, but for their names.
 
     Args:
-        model_file: a `model.onnx` of `mrl export`, with its `.parity.json` beside it.
-        images: a folder (searched below, too), an image file, a pattern such as "line3/*.png", or a CSV with a column
-            `path` (relative to the CSV's folder).
-        out: the CSV to write; it appears whole or not at all.
+        model_file: a file of `mrl export` (`.onnx`, `.xml` or `.pt2`), with its `.parity.json` beside it.
+        images: a folder (searched below, too), an image file, a pattern such as "line3/*.png", a CSV with a column
+            `path` (relative to the CSV's folder), "-" for paths on standard input, a line each, as they come; or several of these.
+        out: the table to write: `.csv`, `.jsonl` or `.parquet`; it appears whole or not at all.
         batch_size: images in a pass; the answers do not depend on it, memory does.
+        threads: for the work of one pass; None takes torch's number.
+        explain: also write a region map of each picture to `<out without suffix>_maps`, named in the column `map`.
         unproved: use a file that has no proof of its equality beside it.
-        overwrite: replace a CSV that is there.
+        overwrite: replace a table that is there.
 
     Returns:
         model, out, n_images, n_errors, errors (the first ten), classes (name -> how often), not_images (files in the
-        folder that are none, not predicted), seconds.
+        folder that are none, not predicted), resumed_at, seconds.
 
     Raises:
         ConfigError: no such file, not a file of `mrl export`, no images, or `out` exists.
         ParityError: the file has no proof, or is not the one that was proved equal.
+        MissingExtra: Parquet without pyarrow, or an OpenVINO file without OpenVINO.
     """
-    out = run.refuse_existing(out, overwrite)
-    if isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size}: must be a whole number of at least 1.")
+    out, batch_size = run.refuse_existing(out, overwrite), check_batch(batch_size)
     start = time.monotonic()
-    exported = open_exported(model_file, unproved=unproved)
-    found, others = find_images(images)
-    if others:
-        run.say(f"{others} files in {images} are not images and are left out (by their names).")
-    counts: Counter[str] = Counter(dict.fromkeys(exported.classes, 0))
-    errors: list[str] = []
-    header = ["image", "prediction", *(f"p_{name}" for name in exported.classes), "error"]
-    with run.progress("predict", len(found)) as advance:
-        rows = _rows(exported, found, batch_size, counts, errors, advance)
-        run.write_csv(out, header, rows)
-    if errors:
+    model = Predictor(model_file, unproved=unproved, threads=threads)
+    given = [str(images)] if isinstance(images, (str, Path)) else [str(each) for each in images]
+    live = STDIN in given
+    found, total, others = _found(given)
+    job = {
+        "schema": 1,
+        "model": {part.name: run.sha256_file(part) for part in files_of(model_file)},
+        "images": given,
+        "batch_size": batch_size,
+        "explain": explain,
+    }
+    columns = ["image", "prediction", *(f"p_{name}" for name in model.classes), *(["map"] if explain else []), "error"]
+    tally = _Tally(model.classes)
+    maps = out.with_name(out.stem + MAP_SUFFIX) if explain else None
+    with Journal(out, job, overwrite=overwrite) as journal, run.progress("predict", total) as advance:
+        done = journal.keep(batch_size)
+        for row, item in itertools.zip_longest(journal.rows(), itertools.islice(found, done)):
+            if row is None or item is None or (item[0], _stamp(item[1])) != (row["image"], row["stamp"]):
+                raise ConfigError(
+                    f"{(item or [row['image']])[0]}: the images are not those of the unfinished run in {journal.path} (another name, size or time); "
+                    "put them back, delete that file, or say --overwrite with another --out."
+                )
+            tally.count(row)
+            advance()
+        if done:
+            run.say(f"going on after {done} images that {journal.path.name} has already.")
+        rows = _rows(model, found, batch_size, 0 if live else AHEAD, maps)
+        while part := list(itertools.islice(rows, batch_size)):
+            journal.write(part)
+            for row in part:
+                tally.count(row)
+            advance(len(part))
+        journal.finish(columns)
+    if tally.n_errors:
         run.say(
-            f"{len(errors)} of {len(found)} images have no answer; their rows in {out} say why. The first: {errors[0]}"
+            f"{tally.n_errors} of {tally.n} images have no answer; their rows in {out} say why. The first: {tally.errors[0]}"
         )
     return {
         "model": Path(model_file).name,
         "out": str(out),
-        "n_images": len(found),
-        "n_errors": len(errors),
-        "errors": errors[:10],
-        "classes": dict(counts),
+        "n_images": tally.n,
+        "n_errors": tally.n_errors,
+        "errors": tally.errors,
+        "classes": dict(tally.classes),
         "not_images": others,
+        "resumed_at": done,
         "seconds": time.monotonic() - start,
     }
 
 
-def open_exported(path: Path | str, *, unproved: bool = False, threads: int | None = None) -> Exported:
-    """Opens a file of `mrl export` after comparing it with its proof.
+class _Tally:
+    """What the summary says; it does not grow with the number of rows."""
 
-    Args:
-        path: `.onnx`, `.xml` (OpenVINO) or `.pt2` (torch.export), with its `.parity.json` beside it.
-        unproved: open it without a proof that fits, with a warning.
-        threads: for the work of one call; None takes torch's number.
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.n = self.n_errors = 0
+        self.errors: list[str] = []
+        self.classes: Counter[str] = Counter(dict.fromkeys(classes, 0))
 
-    Raises:
-        ConfigError: not there, not a model file, or not one of `mrl export`.
-        ParityError: no proof beside it, or changed since it was proved equal.
-        MissingExtra: an OpenVINO file, and OpenVINO is not installed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: not found; give the model.onnx that `mrl export` (or `mrl poc`) wrote.")
-    check_proof(path, unproved=unproved)
-    runtime = open_runtime(path, threads=threads)
-    metadata = runtime.metadata
+    def count(self, row: dict[str, Any]) -> None:
+        self.n += 1
+        if row["error"]:
+            self.n_errors += 1
+            if len(self.errors) < 10:
+                self.errors.append(f"{row['image']}: {row['error']}")
+        else:
+            self.classes[row["prediction"]] += 1
+
+
+def _rows(
+    model: Predictor, found: Iterable[tuple[str, Path]], batch_size: int, ahead: int, maps: Path | None
+) -> Iterator[dict[str, Any]]:
+    """One row an image, in order."""
+    names, paths = itertools.tee(found)
+    answers = model.stream((path for _, path in paths), batch_size=batch_size, ahead=ahead)
+    for answer, (name, path) in zip(answers, names, strict=False):
+        row = {"image": name, "stamp": _stamp(path), "prediction": answer.prediction, **_columns(model, answer)}
+        if maps is not None and not answer.error:
+            row["map"] = write_map(model, path, maps, name).relative_to(maps.parent).as_posix()
+        yield {**row, "error": answer.error}
+
+
+def _columns(model: Predictor, answer: Answer) -> dict[str, float | None]:
+    values = [None] * len(model.classes) if answer.probabilities is None else map(float, answer.probabilities)
+    return {f"p_{name}": value for name, value in zip(model.classes, values, strict=True)}
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of a file, to notice that it was replaced between two runs."""
     try:
-        classes = tuple(str(name) for name in metadata["classes"])
-        preprocess = Preprocess.from_dict(metadata["preprocess"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: was not written by `mrl export` (it does not say its classes and preprocessing), "
-            "so images cannot be prepared as in training; export the model with `mrl export`."
-        ) from error
-    return Exported(runtime, classes, preprocess, metadata)
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _found(given: Sequence[str]) -> tuple[Iterator[tuple[str, Path]], int | None, int]:
+    """The images of all that was given, how many they are (None: not known yet), and the files that are none."""
+    if given == [STDIN]:
+        lines = (line.strip() for line in sys.stdin)
+        return ((line.replace("\\", "/"), Path(line)) for line in lines if line), None, 0
+    if STDIN in given:
+        raise ConfigError("predict: - (standard input) stands alone; give folders and files in another call.")
+    found, others = [], 0
+    for each in given:
+        part, rest = find_images(each)
+        found, others = found + part, others + rest
+    if others:
+        run.say(f"{others} files in {', '.join(given)} are not images and are left out (by their names).")
+    return iter(found), len(found), others
 
 
 def find_images(images: Path | str) -> tuple[list[tuple[str, Path]], int]:
@@ -175,39 +214,3 @@ def _listed(table: Path) -> list[tuple[str, Path]]:
         raise ConfigError(f"{table}: needs a header with the column path, and one line an image.")
     names = [(row["path"] or "").strip().replace("\\", "/") for row in rows]
     return [(name, table.parent / name) for name in names]
-
-
-def _rows(
-    exported: Exported,
-    found: Sequence[tuple[str, Path]],
-    batch_size: int,
-    counts: Counter[str],
-    errors: list[str],
-    advance: Any,
-) -> Iterator[list[str]]:
-    """One row an image, in order; fills `counts` and `errors` on the way."""
-
-    def prepare(item: tuple[str, Path]) -> Tensor | str:
-        try:
-            return exported.preprocess(read_image(item[1], bit_depth=exported.preprocess.bit_depth))
-        except (DataError, OSError) as error:
-            return str(error)
-
-    blank = [""] * len(exported.classes)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start in range(0, len(found), batch_size):
-            part = found[start : start + batch_size]
-            prepared = list(pool.map(prepare, part))
-            good = [image for image in prepared if isinstance(image, Tensor)]
-            answers = iter(exported.probabilities(torch.stack(good)) if good else ())
-            for (name, _), image in zip(part, prepared, strict=True):
-                values = None if isinstance(image, str) else next(answers)
-                wrong = image if values is None else "" if np.isfinite(values).all() else "the answer is not finite"
-                if wrong:
-                    errors.append(f"{name}: {wrong}")
-                    yield [name, "", *blank, wrong]
-                    continue
-                best = exported.classes[int(values.argmax())]
-                counts[best] += 1
-                yield [name, best, *(repr(float(p)) for p in values), ""]
-            advance(len(part))
