@@ -12,7 +12,9 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from mrl import commands
+from mrl.deploy.formats import PRECISIONS
 from mrl.errors import MrlError
+from mrl.side_by_side import BACKENDS
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "poc": commands.poc,
@@ -30,9 +32,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": commands.report,
     "models": commands.models,
 }
-LISTS = ("--layers", "--image-size")
-POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",), "export": ("out",)}
-REST = ("predict",)
+LISTS = {"measure": ("--image-size", "--batch", "--threads")}
+WORDS = {"--backend": BACKENDS, "--precision": PRECISIONS}
+POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",), "export": ("out",), "measure": ("models",)}
+REST = ("predict", "measure")
 
 
 def build_parser() -> ArgumentParser:
@@ -133,12 +136,18 @@ def _normalise(words: list[str]) -> list[str]:
         following = words[i + 1].lower() if i + 1 < len(words) else ""
         if flag in switches and following not in ("true", "false"):
             out.append(f"{flag}=true")
-        elif flag in LISTS:
+        elif words[0] == "measure" and flag in WORDS:
+            chosen = []
+            while i + 1 < len(words) and (words[i + 1] in WORDS[flag] or not (chosen or words[i + 1].startswith("-"))):
+                chosen.append(words[i + 1])
+                i += 1
+            out += [f"{flag}={json.dumps(chosen)}"] if chosen else [flag]
+        elif flag in LISTS.get(words[0], ("--layers", "--image-size")):
             numbers = []
             while i + 1 < len(words) and all(_whole(part) for part in words[i + 1].split(",")):
                 numbers += words[i + 1].split(",")
                 i += 1
-            single = flag == "--image-size" and len(numbers) == 1
+            single = words[0] not in LISTS and flag == "--image-size" and len(numbers) == 1
             out += [f"{flag}={numbers[0] if single else '[' + ','.join(numbers) + ']'}"] if numbers else [flag]
         elif word.startswith("--") and "=" not in word:
             out += words[i : i + 2]

@@ -253,14 +253,52 @@ def compare(out: str, overwrite: bool = False) -> None:
     results.compare_step(Workspace(out), overwrite=overwrite)
 
 
-def measure(out: str, overwrite: bool = False) -> None:
-    """Measures what the arms cost on this machine, interleaved, and writes measure.json.
+def measure(
+    models: list[str] | None = None,
+    out: str = "",
+    data: str | None = None,
+    backend: list[str] | None = None,
+    precision: list[str] | None = None,
+    batch: list[int] | None = None,
+    image_size: list[int] | None = None,
+    threads: list[int] | None = None,
+    seconds: float = 15.0,
+    merge: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Measures models side by side, or the arms of a run, on this machine; writes measure.json, measure.html and a table.
 
     Args:
-        out: the run folder.
+        models: files of mrl export, folders of mrl.save, run folders, timm names; the first is what others are compared with. Without any: the arms of the run in --out, as in its protocol.
+        out: folder of the result, or the run folder.
+        data: images to measure on: folder of class folders, CSV, or elpv.
+        backend: eager, compile, onnxruntime, openvino.
+        precision: fp32, fp16, bf16, int8.
+        batch: images in a call.
+        image_size: pixels along a side.
+        threads: of a call; torch's number without it.
+        seconds: about how long each case is timed.
+        merge: the words are measure.json files of several machines, to be put together.
+        seed: of the bootstrap.
         overwrite: measure again.
     """
-    results.measure_step(Workspace(out), overwrite=overwrite)
+    if not out:
+        raise ConfigError("--out is missing: give the folder for the result, or a run folder.")
+    if not models:
+        results.measure_step(Workspace(out), overwrite=overwrite)
+        return
+    from mrl.measure_page import measure_models_step, merge_step, table
+
+    if merge:
+        found = merge_step(models, out, overwrite=overwrite)
+    else:
+        if data is None:
+            raise ConfigError("--data is missing: latency is measured on real images; give a folder, a CSV, or elpv.")
+        options = {"backends": backend or ["onnxruntime"], "precisions": precision or ["fp32"], "batches": batch or [1]}
+        more = {"threads": threads or [], "seconds": seconds, "seed": seed, "overwrite": overwrite}
+        found = measure_models_step(models, out, data=data, sizes=image_size or [224], **options, **more)
+    print(table(found))
 
 
 def export(

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -119,6 +120,38 @@ def summary(blocks: Sequence[Sequence[float]], batch: int) -> dict[str, object]:
         "n_calls": len(flat),
         "samples_ms": [round(float(t), 4) for t in flat],
     }
+
+
+@contextlib.contextmanager
+def joules() -> Iterator[Callable[[], float | None]]:
+    """Gives a function that says, after the block, the energy its processors took in J, or None where the machine does not tell.
+
+    Reads the counters of Linux's powercap (Intel and AMD), which count everything that ran on the package meanwhile.
+
+    Example:
+        >>> with joules() as spent:
+        ...     pass
+        >>> spent() is None or spent() >= 0
+        True
+    """
+    counters = _energy_uj()
+    result: list[float | None] = [None]
+    yield lambda: result[0]
+    after = _energy_uj()
+    if counters and after.keys() == counters.keys():
+        parts = [(after[k][0] - counters[k][0]) % (after[k][1] + 1) for k in after]
+        result[0] = sum(parts) / 1e6
+
+
+def _energy_uj() -> dict[str, tuple[int, int]]:
+    """Microjoules so far and where the counter starts again, by package; empty where they cannot be read."""
+    found = {}
+    for zone in sorted(Path("/sys/class/powercap").glob("intel-rapl:?")):
+        try:
+            found[zone.name] = tuple(int((zone / n).read_text()) for n in ("energy_uj", "max_energy_range_uj"))
+        except (OSError, ValueError):
+            return {}
+    return found
 
 
 def mean_interval(

@@ -15,9 +15,9 @@ class CalibrateConfig:
         feature_epochs: passes of the stage `features`.
         min_updates: updates of either stage however few images there are.
         batch_size: images an update.
-        lr_new: learning rate of the new parameters.
-        lr_inherited: learning rate of the inherited q, k, v and output projections.
-        lr_features: learning rate of all that the stage `features` trains.
+        lr_new: learning rate of the new parameters, in both stages.
+        lr_inherited: learning rate of the inherited q, k, v and output projections in the stage `layers`.
+        lr_features: learning rate of everything but the new parameters in the stage `features`.
         scope: what the stage `features` trains: the "blocks" around the mixers with their norms and MLPs, or "mixers" only.
         held_out: share of the images that measures every stage and trains none.
         max_images: images used at most.
@@ -27,13 +27,13 @@ class CalibrateConfig:
         seed: order of the images and their flips.
     """
 
-    epochs: float = 1.0
-    feature_epochs: float = 2.0
+    epochs: float = 0.5
+    feature_epochs: float = 4.0
     min_updates: int = 60
-    batch_size: int = 16
+    batch_size: int = 8
     lr_new: float = 3e-3
     lr_inherited: float = 2e-4
-    lr_features: float = 1e-4
+    lr_features: float = 2e-4
     scope: Literal["blocks", "mixers"] = "blocks"
     held_out: float = 0.1
     max_images: int = 2000

@@ -26,6 +26,7 @@ STAGES = ("stats", "ridge", "layers", "features")
 RIDGE_IMAGES = 256
 STATS_IMAGES = 256
 TEMPERATURE_IMAGES = 32
+WIDEST = 4096  # features that are whitened
 
 
 class Calibrator:
@@ -190,6 +191,7 @@ class Calibrator:
     def _features(self) -> int:
         """AdamW on all mixers through the whole network."""
         self.spread = self._teacher_spread()
+        self.whitening = self._teacher_whitening()
         if self.config.scope == "blocks":
             self.handle.keep_blocks()
         return self._train("features", self.config.feature_epochs, lambda images, update: self._match_features(images))
@@ -244,7 +246,7 @@ class Calibrator:
         rates = (self.config.lr_new, self.config.lr_inherited)
         if stage == "features":
             inherited += self._around()
-            rates = (self.config.lr_features, self.config.lr_features)
+            rates = (self.config.lr_new, self.config.lr_features)
         flags = [(p, p.requires_grad) for p in (*new, *inherited)]
         for parameter, _ in flags:
             parameter.requires_grad_(True)
@@ -255,19 +257,40 @@ class Calibrator:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95)), flags
 
     def _match_features(self, images: Tensor) -> float:
-        around = {name.rpartition(".")[0] for name in self.mixers}
-        with torch.no_grad(), self.handle.disabled(), self._recording(around) as theirs, self.autocast():
+        names = dict.fromkeys([*self.mixers, *(name.rpartition(".")[0] for name in self.mixers)])
+        with torch.no_grad(), self.handle.disabled(), self._recording(names) as theirs, self.autocast():
             target = self._final(images)
-        with self._recording(around) as ours, self.autocast():
+        with self._recording(names) as ours, self.autocast():
             found = self._final(images)
-        outputs = [[tree_leaves(seen[name].output)[0].float() for seen in (ours, theirs)] for name in theirs]
-        blocks = [normalised(*pair) for pair in outputs]
-        loss = self._feature_loss(found, target) + sum(blocks) / len(blocks)
+        pairs = {n: [tree_leaves(seen[n].output)[0].float() for seen in (ours, theirs)] for n in theirs}
+        mixers, blocks = (
+            [normalised(*pairs[n]) for n in pairs if (n in self.mixers) is wanted] for wanted in (True, False)
+        )
+        loss = self._feature_loss(found, target) + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
+        if self.whitening is not None:
+            loss = loss + (((found.float() - target.float()) / self.spread) @ self.whitening).square().mean()
         loss.backward()
         return float(loss.detach())
 
     def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
         return ((ours.float() - theirs.float()) / self.spread).square().mean()
+
+    @torch.no_grad()
+    def _teacher_whitening(self) -> Tensor | None:
+        """The matrix that gives the teacher's standardised features about the same variance in every direction.
+
+        With C the correlations of its n features of F numbers: V diag(l + s)^(-1/2), C = V diag(l) V^T, s = 0.1 max(1, F / n).
+        A head reads directions in which the features hardly vary, too; plain squares would not see an error there.
+        None where the features are too many for it.
+        """
+        with self.handle.disabled(), self.autocast():
+            found = torch.cat([self._final(part.to(self.device)).float() for part in self.train.split(32)])
+        n, width = found.shape
+        if width > WIDEST:
+            return None
+        standard = ((found - found.mean(0)) / self.spread).double()
+        values, vectors = torch.linalg.eigh(standard.T @ standard / n)
+        return (vectors * (values.clamp(min=0) + 0.1 * max(1.0, width / n)).rsqrt()).float()
 
     def _final(self, images: Tensor) -> Tensor:
         """What a head may read: the model's features or output, and the mean of its patch tokens where timm shows them."""
