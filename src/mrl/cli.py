@@ -29,12 +29,19 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "measure": commands.measure,
     "export": commands.export,
     "predict": commands.predict,
+    "serve": commands.serve,
     "report": commands.report,
     "models": commands.models,
 }
 LISTS = {"measure": ("--image-size", "--batch", "--threads")}
 WORDS = {"--backend": BACKENDS, "--precision": PRECISIONS}
-POSITIONAL = {"predict": ("model", "images"), "models": ("pattern",), "export": ("out",), "measure": ("models",)}
+POSITIONAL = {
+    "predict": ("model", "images"),
+    "models": ("pattern",),
+    "serve": ("model",),
+    "export": ("out",),
+    "measure": ("models",),
+}
 REST = ("predict", "measure")
 
 

@@ -20,7 +20,7 @@ from mrl.swap import plan as plan_swap
 from mrl.workspace import ARMS, Workspace
 
 __all__ = [
-    "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "split", "swap",
+    "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "serve", "split", "swap",
 ]  # fmt: skip
 NESTED = {"budget": FitConfig, "calibration": CalibrateConfig}
 Size = int | list[int] | None
@@ -349,6 +349,39 @@ def predict(
 
     more = {"threads": threads, "explain": explain, "unproved": unproved, "overwrite": overwrite}
     run_predict(model, images, out, batch_size=batch_size, **more)
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: str | None = None,
+    threads: int | None = None,
+    body_mb: float = 16.0,
+    megapixels: float = 50.0,
+    batch: int = 8,
+    wait_ms: float = 2.0,
+    unproved: bool = False,
+) -> None:
+    """Answers images over HTTP with an exported file; from this machine only, unless there is a token in MRL_TOKEN or a file.
+
+    Args:
+        model: a file of `mrl export`: .onnx, .xml or .pt2.
+        host: an address of this machine; any but loopback needs a token.
+        port: 1 to 65535.
+        token_file: file with the token; else the environment variable MRL_TOKEN.
+        threads: for the work of one pass; all cores without it.
+        body_mb: largest body of a request.
+        megapixels: largest image.
+        batch: images computed together.
+        wait_ms: how long an image waits for others.
+        unproved: use a file that has no proof of its equality beside it.
+    """
+    from mrl.serve import Limits
+    from mrl.serve import serve as run_server
+
+    limits = Limits(body_mb=body_mb, megapixels=megapixels, batch=batch, wait_ms=wait_ms)
+    run_server(model, host=host, port=port, token_file=token_file, threads=threads, unproved=unproved, limits=limits)
 
 
 def report(

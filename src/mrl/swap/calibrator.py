@@ -266,9 +266,11 @@ class Calibrator:
         mixers, blocks = (
             [normalised(*pairs[n]) for n in pairs if (n in self.mixers) is wanted] for wanted in (True, False)
         )
-        loss = self._feature_loss(found, target) + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
+        final = self._feature_loss(found, target)
         if self.whitening is not None:
-            loss = loss + (((found.float() - target.float()) / self.spread) @ self.whitening).square().mean()
+            white = ((found.float() - target.float()) / self.spread) @ self.whitening
+            final = white.square().mean() + 0.25 * final
+        loss = final + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
         loss.backward()
         return float(loss.detach())
 
