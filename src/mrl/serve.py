@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrl import __version__, run
+from mrl import run
 from mrl.errors import ConfigError, MissingExtra
 from mrl.predictor import Predictor
 
@@ -185,7 +185,7 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
         return {"ready": True}
 
     async def server(request: Request) -> dict[str, Any]:
-        return {"name": "mrl", "version": __version__, "extensions": ["predict"]}
+        return {"name": "mrl", "version": run.environment()["mrl"], "extensions": ["predict"]}
 
     async def about(request: Request) -> dict[str, Any]:
         if request.path_params["name"] != NAME:
