@@ -35,7 +35,7 @@ class Journal:
         ...     journal.write([{"image": "a.png", "p": 0.25}])
         >>> with Journal(out, {"model": "x"}) as journal:
         ...     _ = journal.keep(1)
-        ...     journal.finish(["image", "p"])
+        ...     _ = journal.finish(["image", "p"])
         >>> out.read_text().splitlines()
         ['image,p', 'a.png,0.25']
     """

@@ -32,8 +32,8 @@ def calibrate(
     `layers` trains each mixer to give its teacher's output on the teacher's and, every second
     update, on the student's own activations: error = |ours - theirs|^2 / |theirs|^2, prefix rows and patch rows apart.
     `features` trains the blocks together, through the whole network, to give the teacher's final features: error = mean of
-    ((ours - theirs) / spread)^2 with the teacher's spread of each feature. The loss is a quarter of it, the same error
-    after whitening by the teacher's correlations, and the normalised errors of the mixers' (twice) and blocks' outputs. Nothing
+    ((ours - theirs) / spread)^2 with the teacher's spread of each feature. The loss is the same error after whitening by
+    the teacher's correlations, and the normalised errors of the mixers' (twice) and the blocks' outputs. Nothing
     outside the blocks changes; `handle.disabled()` and `handle.restore()` still give the original values.
     Every stage is measured on held-out images; a layer that it did not improve keeps its old values.
 

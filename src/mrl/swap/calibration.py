@@ -22,13 +22,13 @@ class CalibrateConfig:
         held_out: share of the images that measures every stage and trains none.
         max_images: images used at most.
         budget: held-out error above which a layer goes back to its original attention in the end; None keeps all.
-        augment: mirror and turn batches by quarter turns, for teacher and student alike.
+        augment: mirror and turn batches by quarter turns, for teacher and student alike; for few images.
         bf16: bfloat16 autocast; None is where the hardware has it.
         seed: order of the images and their flips.
     """
 
     epochs: float = 0.5
-    feature_epochs: float = 4.0
+    feature_epochs: float = 2.0
     min_updates: int = 60
     batch_size: int = 8
     lr_new: float = 3e-3
@@ -38,7 +38,7 @@ class CalibrateConfig:
     held_out: float = 0.1
     max_images: int = 2000
     budget: float | None = None
-    augment: bool = True
+    augment: bool = False
     bf16: bool | None = None
     seed: int = 0
 

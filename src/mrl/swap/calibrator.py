@@ -269,7 +269,7 @@ class Calibrator:
         final = self._feature_loss(found, target)
         if self.whitening is not None:
             white = ((found.float() - target.float()) / self.spread) @ self.whitening
-            final = white.square().mean() + 0.25 * final
+            final = white.square().mean()
         loss = final + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
         loss.backward()
         return float(loss.detach())
