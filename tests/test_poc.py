@@ -1,5 +1,6 @@
 """The main job on generated images: end to end, resumed after a kill, and clear about wrong input."""
 
+import csv
 import json
 import shutil
 import signal
@@ -320,3 +321,47 @@ def test_poc__layers_over_the_budget_go_back_and_the_run_says_so(budget, data, t
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(name in page for name in calibration["restored"])
     assert (out / "model.onnx").is_file()  # only written when it is equal to the model
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "name"),
+    [("openvino", "fp32", "model-openvino-fp32.xml"), ("torch-export", "fp32", "model-torch-export-fp32.pt2")],
+)
+def test_export__other_formats_of_a_run_predict_the_same(format, precision, name, finished, data, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    words = ["export", str(out), "--arm", json.loads((out / "export.json").read_text())["arm"], "--format", format]
+    assert main([*words, "--precision", precision]) == 0
+    rows = []
+    for i, file in enumerate((out / "model.onnx", out / name)):
+        assert (
+            main(["predict", str(file), str(data / "dot"), str(data / "line"), "--out", str(tmp_path / f"{i}.csv")])
+            == 0
+        )
+        with (tmp_path / f"{i}.csv").open(newline="") as table:
+            rows.append(list(csv.DictReader(table)))
+    for one, other in zip(*rows, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert float(one["p_dot"]) == pytest.approx(float(other["p_dot"]), abs=1e-4)
+    assert main([*words, "--precision", precision]) == 1  # it exists
+
+
+def test_export__a_precision_that_cannot_be_shown_is_refused(finished, tmp_path, capsys):
+    """A dozen test images cannot show half a point, whatever the file does."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = sorted(p.name for p in out.iterdir())
+    assert main(["export", str(out), "--format", "openvino", "--precision", "fp16"]) == 1
+    assert "images would be needed" in capsys.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_export__a_saved_model(finished, data, tmp_path, capsys):
+    folder = shutil.copytree(finished / "arms" / "mrl" / "model", tmp_path / "net")
+    assert main(["export", str(folder)]) == 1
+    assert "--data is missing" in capsys.readouterr().err
+    assert main(["export", str(folder), "--data", str(data)]) == 0
+    assert main(["export", str(folder), "--data", str(data), "--precision", "fp16", "--max-drop", "0.2"]) == 0
+    proof = json.loads((folder / "model-onnx-fp16.parity.json").read_text())
+    assert (proof["n_images"], proof["metric"]) == (48, "accuracy")
+    assert main(["predict", str(folder / "model-onnx-fp16.onnx"), str(data), "--out", str(tmp_path / "a.csv")]) == 0
+    assert main(["export", str(finished), "--data", str(data)]) == 1
+    assert "a run has its own" in capsys.readouterr().err

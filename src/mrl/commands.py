@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from mrl import results, steps
+from mrl.checkpoint import drop_checkpoint
 from mrl.data.audit import audit as run_audit
 from mrl.deploy_commands import export, measure, predict, serve
 from mrl.errors import ConfigError
@@ -193,6 +194,7 @@ def calibrate(out: str, model: str | None = None, weights: str | None = None, da
     steps.open_run(space, given)
     if overwrite:
         space.file("calibration.json").unlink(missing_ok=True)
+        drop_checkpoint(space.arm("mrl") / steps.UNFINISHED)
     steps.swapped_start(space)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from mrl import results
@@ -60,23 +61,34 @@ def measure(
 def export(
     out: str,
     arm: str | None = None,
+    data: str | None = None,
+    image_size: int | None = None,
     format: Literal["onnx", "openvino", "torch-export"] = "onnx",
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
     max_drop: float = 0.005,
     overwrite: bool = False,
 ) -> None:
-    """Exports the chosen arm to OUT/model.onnx or another format, proved equal on real images or not written.
+    """Exports the chosen arm of a run, or a saved model, to a file in its folder: proved equal on real images or not written.
 
     Args:
-        out: the run folder.
-        arm: baseline or mrl; without it mrl on a go, else baseline.
+        out: the run folder, or a folder of mrl.save.
+        arm: of a run, baseline or mrl; without it mrl on a go, else baseline.
+        data: for a folder of mrl.save: labelled images that prove it, folder of class folders, CSV, or elpv.
+        image_size: for a folder of mrl.save that does not say its own, in pixels.
         format: onnx, openvino or torch-export; other than onnx in fp32 it is OUT/model-FORMAT-PRECISION.
         precision: fp32 has to give the same numbers; below it the metric may drop by max_drop.
         max_drop: as a share; the one-sided 95 % bound of the drop counts.
         overwrite: replace a file that is there.
     """
-    chosen = {"format": format, "precision": precision, "max_drop": max_drop}
-    results.export_step(Workspace(out), arm=arm, **chosen, overwrite=overwrite)
+    chosen = {"format": format, "precision": precision, "max_drop": max_drop, "overwrite": overwrite}
+    if (Path(out) / "model.json").is_file():
+        if data is None:
+            raise ConfigError(f"--data is missing: {out} is a saved model; give labelled images that prove its export.")
+        results.export_saved(out, data=data, image_size=image_size, **chosen)
+    elif data is not None or image_size is not None:
+        raise ConfigError("--data and --image-size are for a folder of mrl.save; a run has its own.")
+    else:
+        results.export_step(Workspace(out), arm=arm, **chosen)
 
 
 def predict(

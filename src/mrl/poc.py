@@ -116,8 +116,10 @@ def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in OWN_FILES[:3]):
         raise ConfigError(f"--out {out} exists and is not a run of mrl; choose another --out.")
     if overwrite and out.is_dir():
-        for name in OWN_FILES:
-            path = out / name
+        for path in (
+            *(out / name for name in OWN_FILES),
+            *out.glob("model-*"),
+        ):  # the second are exports of other formats
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     fresh = not space.file("protocol.yaml").is_file()
     steps.check_model(request)

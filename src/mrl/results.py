@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from mrl.compare import compare
-from mrl.data import ImageSet
+from mrl.data import ImageSet, Preprocess, load_source
 from mrl.decision import decision_of
 from mrl.deploy.formats import check_choice
 from mrl.errors import ConfigError
 from mrl.evaluate import evaluate_arm, write_evaluation, write_predictions
 from mrl.export import Lossy, export_model, file_name
 from mrl.measure import measure_arms
+from mrl.models.build import preprocess_of
 from mrl.report import report
 from mrl.run import read_json, refuse_existing, say, write_json
+from mrl.swap import load
 from mrl.workspace import ARMS, Workspace
 
 PARITY_IMAGES = 256
@@ -137,6 +139,64 @@ def export_step(
     if path.name == "model.onnx":
         write_json(space.file("export.json"), found)
     say(f"exported {arm} to {path}: {_proved(found['parity'])}")
+    return found
+
+
+def export_saved(
+    folder: Path | str,
+    *,
+    data: str,
+    image_size: int | None = None,
+    format: str = "onnx",
+    precision: str = "fp32",
+    max_drop: float = 0.005,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Exports a folder of `mrl.save` beside its weights, proved on labelled images of `data`.
+
+    The folder's own preprocessing and classes are used where a fit wrote them; else the model's own mean, standard deviation and
+    interpolation, and the classes of `data`. For int8 every fourth image judges, and the others set the ranges.
+
+    Args:
+        folder: of `mrl.save`.
+        data: folder of class folders, CSV, or elpv.
+        image_size: pixels; None is the model's own.
+        format: "onnx", "openvino" or "torch-export".
+        precision: "fp32", "fp16", "bf16" or "int8".
+        max_drop: of the accuracy, as a share.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ConfigError: no image size to be found, or a file that is there.
+        DataError: labels that are not the model's classes.
+        ParityError: not equal, or a drop that may be larger than `max_drop`.
+    """
+    check_choice(format, precision)
+    path = refuse_existing(Path(folder) / file_name(format, precision), overwrite)
+    model, source = load(folder), load_source(data)
+    meta = model.mrl_meta
+    if meta.get("preprocess"):
+        preprocess, classes = Preprocess.from_dict(meta["preprocess"]), tuple(meta["classes"])
+    else:
+        own = getattr(getattr(getattr(model, "backbone", model), "patch_embed", None), "img_size", None)
+        size = (image_size, image_size) if image_size is not None else own
+        if size is None:
+            raise ConfigError(f"{folder}: does not say its image size; give --image-size.")
+        preprocess, classes = Preprocess(tuple(size), **preprocess_of(model)), source.classes
+    images = ImageSet(source.samples, classes, preprocess)
+    judges, lossy = images, Lossy(precision, max_drop, targets=images.labels)
+    if precision == "int8":
+        judges = ImageSet(source.samples[::4], classes, preprocess)
+        others = ImageSet([s for i, s in enumerate(source.samples) if i % 4], classes, preprocess)
+        half = ImageSet(others.samples[::2], classes, preprocess)
+        lossy = Lossy(
+            precision, max_drop, targets=judges.labels, calibration=_Items(others), validation=_Items(half),
+            validation_targets=half.labels,
+        )  # fmt: skip
+    shown: Any = judges if precision != "fp32" else [judges[i]["image"] for i in _spread(len(judges), PARITY_IMAGES)]
+    more = {"preprocess": preprocess, "classes": classes, "images": shown, "overwrite": overwrite, "lossy": lossy}
+    found = export_model(model, path, meta={"data_terms": source.terms}, **more)
+    say(f"exported {folder} to {path}: {_proved(found['parity'])}")
     return found
 
 

@@ -26,6 +26,8 @@ from mrl.workspace import ARMS, Workspace
 
 DISAGREEMENT = (0.05, 0.1, 0.2)
 
+UNFINISHED = "calibrated.unfinished"  # state of a calibration, in the folder of its arm
+
 
 @dataclass(frozen=True)
 class Request:
@@ -336,7 +338,7 @@ def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, 
     say(
         f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels"
     )
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished = folder.with_name(UNFINISHED)
     loader = make_loader(images, 64, shuffle_seed=config.seed)
     report = calibrate(handle, loader, config=config, checkpoint=unfinished)
     save(handle.model, folder, overwrite=True)
