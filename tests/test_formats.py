@@ -85,7 +85,7 @@ def test_write_format__runs_as_the_model(format, precision, tmp_path):
     [
         ("openvino", "faithful"),
         ("torch-export", "cheap"),
-        ("onnx", "paper"),
+        pytest.param("onnx", "paper", marks=slow),
         pytest.param("openvino", "cheap", marks=slow),
         pytest.param("torch-export", "faithful", marks=slow),
     ],

@@ -248,6 +248,7 @@ def test_poc__wrong_input_is_one_sentence(change, message, data, tmp_path, capsy
     assert (tmp_path / "FULL" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_poc__weights_of_ones_own_need_a_test_side_or_a_word(data, tmp_path, capsys):
     import timm
 
@@ -306,7 +307,8 @@ def test_commands__plan_swap_models_and_audit_stand_alone(data, tmp_path, capsys
     assert (tmp_path / "a" / "calibration.json").is_file()
 
 
-@pytest.mark.parametrize("budget", [pytest.param("0", marks=pytest.mark.slow), "0.02"])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["0", "0.02"])
 def test_poc__layers_over_the_budget_go_back_and_the_run_says_so(budget, data, tmp_path):
     """0 restores every layer, so both arms start as one model; 0.02 restores some; the file that is exported is whole."""
     import mrl
