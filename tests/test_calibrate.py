@@ -149,7 +149,16 @@ def test_calibrate__statistics_change_nothing_in_eval(swapped):
     assert torch.allclose(model(x), before, atol=1e-4)
 
 
-def test_calibrate__a_stage_that_does_not_help_is_rejected(swapped):
+def spoil(handle, images, held, **more):
+    """A pass along the stream that makes everything worse."""
+    handle.keep_blocks()
+    with torch.no_grad():
+        handle.model.blocks[0].mlp.fc2.weight.add_(1.0)
+        handle.model.blocks[1].attn.proj.weight.add_(1.0)
+
+
+def test_calibrate__a_stage_that_does_not_help_is_rejected(swapped, monkeypatch):
+    monkeypatch.setattr("mrl.swap.calibrator.follow_stream", spoil)
     model, handle = swapped()
     state = copy.deepcopy(model.state_dict())
     config = CalibrateConfig(
@@ -166,6 +175,7 @@ def test_calibrate__a_stage_that_does_not_help_is_rejected(swapped):
     for stage in report.stages:
         assert stage.accepted == []
         assert stage.mean_error_after == stage.mean_error_before
+    assert report.stages[0].stream_after == report.stages[0].stream_before > 0
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 

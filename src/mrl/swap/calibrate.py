@@ -71,7 +71,8 @@ def calibrate(
     held, train = images[order[:n_held]], images[order[n_held:]]
     device = next(handle.model.parameters()).device
     resume = Resume(checkpoint, facts_of(handle.names, stages, config, images) if checkpoint is not None else {})
-    calibrator = Calibrator(handle, config, held.to(device), train, device, resume)
+    closing = next((s for s in reversed(stages) if s in ("ridge", "layers")), None)
+    calibrator = Calibrator(handle, config, held.to(device), train, device, resume, closing)
     report = CalibrationReport(resume.reports, len(images), n_held, config)
     rng = torch.random.get_rng_state()
     with evaluating(handle.model):
@@ -80,9 +81,8 @@ def calibrate(
             if after_stage is not None:
                 after_stage(done)
         if config.budget is not None:
-            over = [name for name, error in calibrator.errors().items() if error > config.budget]
-            handle.restore(over)
-            report.restored = over
+            report.restored = [name for name, error in calibrator.layer_errors().items() if error > config.budget]
+            handle.restore(report.restored)
     torch.random.set_rng_state(rng)
     return report
 

@@ -45,7 +45,11 @@ class CalibrateConfig:
 
 @dataclass
 class StageReport:
-    """What one stage did: held-out errors by layer, before and after, and what it cost."""
+    """What one stage did: held-out errors by layer, before and after, and what it cost.
+
+    Errors are those before the pass along the residual stream that ends the last of "ridge" and "layers"; the error of the final
+    features before and after that pass is `stream_before` and `stream_after`.
+    """
 
     stage: str
     updates: int
@@ -53,6 +57,8 @@ class StageReport:
     error_before: dict[str, float]
     error_after: dict[str, float]
     accepted: list[str]
+    stream_before: float | None = None
+    stream_after: float | None = None
 
     @property
     def mean_error_before(self) -> float:

@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from mrl.checkpoint import load_optimizer, optimizer_tensors
 from mrl.precision import has_bf16
 from mrl.run import progress
 from mrl.swap.apply import Handle
 from mrl.swap.calibration import CalibrateConfig, StageReport
-from mrl.swap.calls import Call, normalised, rows_of
+from mrl.swap.calls import Call, first_tensor, normalised, rows_of
+from mrl.swap.features import FINAL, Teacher, final_features
 from mrl.swap.neutral import collect_statistics, search_temperature
 from mrl.swap.resume import Resume
 from mrl.swap.ridge import Ridge, fit_projections, output_projection
+from mrl.swap.stream import follow_stream
+from mrl.swap.taps import POSITIONS, fit_taps
 
 STAGES = ("stats", "ridge", "layers", "features")
 RIDGE_IMAGES = 256
 STATS_IMAGES = 256
 TEMPERATURE_IMAGES = 32
-WIDEST = 4096  # features that are whitened
 
 
 class Calibrator:
@@ -40,12 +42,14 @@ class Calibrator:
         train: Tensor,
         device: torch.device,
         resume: Resume,
+        closing: str | None = None,
     ) -> None:
         self.handle, self.config, self.train, self.device = handle, config, train, device
         self.mixers = handle.mixers()
-        self.held = held
+        self.held, self.closing = held, closing
         bf16 = config.bf16 if config.bf16 is not None else has_bf16(device)
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.teacher = Teacher(handle, held, self.autocast)
         self.resume = resume
         if resume.tensors:
             if config.scope == "blocks":
@@ -56,7 +60,7 @@ class Calibrator:
         """One stage, measured on the held-out images before and after; what lost keeps its old values."""
         inside, tensors = self.resume.inside, self.resume.tensors
         self.resume.inside, self.resume.tensors = None, {}
-        measure = self.feature_error if stage == "features" else self.errors
+        measure = self.teacher.error if stage == "features" else self.errors
         if inside is None:
             inside = {"stage": stage, "update": 0, "seconds": 0.0, "before": measure()}
             tensors = {"old": self._values(), "optimizer": {}}
@@ -76,9 +80,21 @@ class Calibrator:
         kept_out = tuple(f"{name}." for name in lost)
         self._put({k: v for k, v in old.items() if lost and (k.startswith(kept_out) or not k.startswith(inside_mixer))})
         after = {n: after[n] if n in accepted else before[n] for n in after}
-        self.resume.reports.append(StageReport(stage, updates, time.monotonic() - start, before, after, accepted))
+        stream = self.follow() if stage == self.closing else (None, None)
+        seconds = time.monotonic() - start
+        self.resume.reports.append(StageReport(stage, updates, seconds, before, after, accepted, *stream))
         self.resume.save({"now": self._values()}, self.resume.reports)
         return self.resume.reports[-1]
+
+    def follow(self) -> tuple[float, float]:
+        """The pass along the stream, undone where it does not help; the error of the final features before and after."""
+        blocks = self.config.scope == "blocks"
+        old, before = self._values(), self.teacher.error()[FINAL]
+        follow_stream(self.handle, self.train, self.held, blocks=blocks, autocast=self.autocast)
+        after = self.teacher.error()[FINAL]
+        if not after <= before:
+            self._put(old)
+        return before, min(after, before)
 
     def _values(self) -> dict[str, Tensor]:
         """Copies of every tensor that a calibration may change, by its name in the model."""
@@ -103,6 +119,11 @@ class Calibrator:
             for name, seen in self._teacher(chunk).items():
                 total[name] += float(self._error(name, seen.run(self.mixers[name]), seen.output)) * len(chunk)
         return {name: value / len(self.held) for name, value in total.items()}
+
+    def layer_errors(self) -> dict[str, float]:
+        """Errors as the last stage that matched layers left them; measured now where none ran."""
+        known = [r for r in self.resume.reports if r.stage != "features"]
+        return known[-1].error_after if known else self.errors()
 
     def _error(self, name: str, ours: Any, theirs: Any) -> Tensor:
         """Normalised squared error; prefix rows, where they are not exact by construction, count as a part of their own."""
@@ -166,7 +187,8 @@ class Calibrator:
 
     @torch.no_grad()
     def _ridge(self) -> int:
-        """Closed form for every output projection, on the teacher's activations."""
+        """Closed form on the teacher's activations: the local convolution and its gain, then every output projection."""
+        self._fit_taps()
         linears = {name: output_projection(mixer) for name, mixer in self.mixers.items()}
         sums = {name: Ridge(linear) for name, linear in linears.items() if linear is not None}
         for chunk in self.train[:RIDGE_IMAGES].split(32):
@@ -177,10 +199,28 @@ class Calibrator:
                     with self.autocast():
                         call.run(self.mixers[name])
                     hook.remove()
-                    y = seen[0].transpose(0, 1) if getattr(self.mixers[name], "sequence_first", False) else seen[0]
-                    sums[name].add(y, rows_of(self.mixers[name], call.output))
+                    sums[name].add(rows_of(self.mixers[name], seen[0]), rows_of(self.mixers[name], call.output))
         fit_projections(sums, self.errors)
         return 0
+
+    def _fit_taps(self) -> None:
+        """The local convolutions, each kept where the held-out error of its mixer falls."""
+        calls: dict[str, list[Call]] = {name: [] for name in self.mixers}
+        positions = 0
+        for chunk in self.train[:RIDGE_IMAGES].split(8):
+            if positions >= POSITIONS:
+                break
+            for name, call in self._teacher(chunk.to(self.device)).items():
+                calls[name].append(call)
+                most = rows_of(self.mixers[name], call.output).shape[:2].numel()
+            positions += most
+        old, before = self._values(), self.errors()
+        with progress("calibrating local convolutions", len(calls)) as advance:
+            for name, mixer in self.mixers.items():
+                fit_taps(mixer, calls.pop(name), self.autocast)
+                advance()
+        worse = tuple(f"{name}." for name, error in self.errors().items() if not error <= before[name])
+        self._put({k: v for k, v in old.items() if worse and k.startswith(worse)})
 
     def _layers(self) -> int:
         """AdamW on every mixer at once; the layers do not see each other."""
@@ -190,8 +230,7 @@ class Calibrator:
 
     def _features(self) -> int:
         """AdamW on all mixers through the whole network."""
-        self.spread = self._teacher_spread()
-        self.whitening = self._teacher_whitening()
+        self.whitening = self.teacher.whitening(self.train)
         if self.config.scope == "blocks":
             self.handle.keep_blocks()
         return self._train("features", self.config.feature_epochs, lambda images, update: self._match_features(images))
@@ -257,74 +296,20 @@ class Calibrator:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95)), flags
 
     def _match_features(self, images: Tensor) -> float:
+        """Gradients of the final features' error and of the mixers' and blocks' on one batch."""
         names = dict.fromkeys([*self.mixers, *(name.rpartition(".")[0] for name in self.mixers)])
         with torch.no_grad(), self.handle.disabled(), self._recording(names) as theirs, self.autocast():
-            target = self._final(images)
+            target = final_features(self.handle.model, images)
         with self._recording(names) as ours, self.autocast():
-            found = self._final(images)
-        pairs = {n: [tree_leaves(seen[n].output)[0].float() for seen in (ours, theirs)] for n in theirs}
+            found = final_features(self.handle.model, images)
+        pairs = {n: [first_tensor(seen[n].output).float() for seen in (ours, theirs)] for n in theirs}
         mixers, blocks = (
             [normalised(*pairs[n]) for n in pairs if (n in self.mixers) is wanted] for wanted in (True, False)
         )
-        final = self._feature_loss(found, target)
-        if self.whitening is not None:
-            white = ((found.float() - target.float()) / self.spread) @ self.whitening
-            final = white.square().mean()
-        loss = final + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
+        loss = self.teacher.loss(found, target, self.whitening)
+        loss = loss + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
         loss.backward()
         return float(loss.detach())
-
-    def _feature_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        return ((ours.float() - theirs.float()) / self.spread).square().mean()
-
-    @torch.no_grad()
-    def _teacher_whitening(self) -> Tensor | None:
-        """The matrix that gives the teacher's standardised features about the same variance in every direction.
-
-        With C the correlations of its n features of F numbers: V diag(l + s)^(-1/2), C = V diag(l) V^T, s = 0.1 max(1, F / n).
-        A head reads directions in which the features hardly vary, too; plain squares would not see an error there.
-        None where the features are too many for it.
-        """
-        with self.handle.disabled(), self.autocast():
-            found = torch.cat([self._final(part.to(self.device)).float() for part in self.train.split(32)])
-        n, width = found.shape
-        if width > WIDEST:
-            return None
-        standard = ((found - found.mean(0)) / self.spread).double()
-        values, vectors = torch.linalg.eigh(standard.T @ standard / n)
-        return (vectors * (values.clamp(min=0) + 0.1 * max(1.0, width / n)).rsqrt()).float()
-
-    def _final(self, images: Tensor) -> Tensor:
-        """What a head may read: the model's features or output, and the mean of its patch tokens where timm shows them."""
-        model = self.handle.model
-        net = getattr(model, "backbone", model)
-        if not (hasattr(net, "forward_features") and hasattr(net, "forward_head")):
-            found = model.features(images) if callable(getattr(model, "features", None)) else model(images)
-            return tree_leaves(found)[0].flatten(1)
-        tokens = net.forward_features(images)
-        parts = [net.forward_head(tokens).flatten(1)]
-        if tokens.ndim == 3:
-            parts.append(tokens[:, int(getattr(net, "num_prefix_tokens", 0)) :].mean(1))
-        return torch.cat(parts, 1)
-
-    @torch.no_grad()
-    def _teacher_spread(self) -> Tensor:
-        """The standard deviation of each final feature of the teacher over the held-out images."""
-        with self.handle.disabled(), self.autocast():
-            found = torch.cat([self._final(chunk).float() for chunk in self.held.split(32)])
-        return found.std(0).clamp(min=1e-6 + 1e-3 * float(found.std()))
-
-    @torch.no_grad()
-    def feature_error(self) -> dict[str, float]:
-        """Held-out error of the final features, in units of the teacher's spread."""
-        self.spread = self._teacher_spread()
-        total = 0.0
-        for chunk in self.held.split(32):
-            with self.handle.disabled(), self.autocast():
-                target = self._final(chunk)
-            with self.autocast():
-                total += float(self._feature_loss(self._final(chunk), target)) * len(chunk)
-        return {"final features": total / len(self.held)}
 
     def _match_layers(self, images: Tensor, own: bool) -> float:
         """Gradients of all layers on one batch: on the teacher's activations, or on the student's with the teacher's module."""

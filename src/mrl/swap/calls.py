@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass
@@ -19,6 +20,17 @@ class Call:
     def run(self, module: nn.Module) -> Any:
         """The same call of another module."""
         return module(*self.args, **self.kwargs)
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor in arguments or an answer.
+
+    Example:
+        >>> import torch
+        >>> first_tensor(((), {"x": [torch.ones(1)]}))
+        tensor([1.])
+    """
+    return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
 
 
 def rows_of(mixer: nn.Module, output: Any) -> Tensor:

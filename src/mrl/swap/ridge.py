@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 STRENGTHS = (1e-1, 1e-2, 1e-3)
+ROWS = 8192  # products are summed in float32 over this many tokens, in float64 beyond
 OUTPUTS = ("proj", "out_proj", "o_proj")
 
 
@@ -43,16 +44,21 @@ class Ridge:
         self.gram = torch.zeros(size, size, dtype=torch.float64)
         self.cross = torch.zeros(size, linear.out_features, dtype=torch.float64)
 
-    def add(self, y: Tensor, target: Tensor) -> None:
-        """Counts tokens: what goes into the projection (..., C_in), and what should come out (..., C_out)."""
-        y, target = y.flatten(0, -2).double().cpu(), target.flatten(0, -2).double().cpu()
-        weight = self.linear.weight.detach().double().cpu()
-        residual = target - y @ weight.T
-        if self.linear.bias is not None:
-            residual = residual - self.linear.bias.detach().double().cpu()
-        y = torch.cat([y, y.new_ones(len(y), 1)], 1)
-        self.gram += y.T @ y
-        self.cross += y.T @ residual
+    def add(self, y: Tensor, target: Tensor, weight: float = 1.0) -> None:
+        """Counts tokens.
+
+        Args:
+            y: what goes into the projection, (..., C_in).
+            target: what should come out, (..., C_out).
+            weight: how much each of these tokens counts.
+        """
+        w0, b0 = (None if t is None else t.detach().float() for t in (self.linear.weight, self.linear.bias))
+        for part, goal in zip(y.flatten(0, -2).split(ROWS), target.flatten(0, -2).split(ROWS), strict=True):
+            part, goal = part.float(), goal.float()
+            residual = goal - nn.functional.linear(part, w0, b0)
+            part = torch.cat([part, part.new_ones(len(part), 1)], 1)
+            self.gram += weight * (part.T @ part).double().cpu()
+            self.cross += weight * (part.T @ residual).double().cpu()
 
     def solve(self, strength: float) -> tuple[Tensor, Tensor | None]:
         """The weight and bias for one strength."""
@@ -76,22 +82,39 @@ def fit_projections(
         strengths: the candidates.
     """
     best = errors()
-    chosen = {
-        name: (s.linear.weight.clone(), None if s.linear.bias is None else s.linear.bias.clone())
-        for name, s in sums.items()
-    }
+    chosen = {name: values_of(s.linear) for name, s in sums.items()}
     solved = {strength: {name: s.solve(strength) for name, s in sums.items()} for strength in strengths}
     for found in solved.values():
         for name, values in found.items():
-            _put(sums[name].linear, values)
+            put_linear(sums[name].linear, values)
         for name, error in errors().items():
             if name in found and error < best[name]:
                 best[name], chosen[name] = error, found[name]
     for name, values in chosen.items():
-        _put(sums[name].linear, values)
+        put_linear(sums[name].linear, values)
 
 
-def _put(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> None:
+def values_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Copies of a Linear's weight and bias.
+
+    Example:
+        >>> [tuple(t.shape) for t in values_of(nn.Linear(3, 2))]
+        [(2, 3), (2,)]
+    """
+    bias = linear.bias
+    return linear.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+@torch.no_grad()
+def put_linear(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> None:
+    """Sets a Linear's weight and bias, in place.
+
+    Example:
+        >>> linear = nn.Linear(1, 1)
+        >>> put_linear(linear, (torch.ones(1, 1), torch.zeros(1)))
+        >>> float(linear(torch.ones(1)).detach())
+        1.0
+    """
     linear.weight.copy_(values[0])
     if linear.bias is not None:
         linear.bias.copy_(values[1])
