@@ -27,6 +27,7 @@ import mrl
 from bench import RESULTS, device_slug
 from mrl.data import ImageSet, Preprocess, load_source
 from mrl.models.build import build_model, preprocess_of
+from mrl.precision import has_bf16
 from mrl.run import environment, progress, say, write_json
 from mrl.scores import auroc
 from mrl.stats import delong, newcombe_paired, wilson
@@ -55,7 +56,7 @@ def load(model: nn.Module, limit: int | None) -> tuple[Tensor, np.ndarray]:
 def features(model: nn.Module, images: Tensor) -> np.ndarray:
     """[CLS, mean patch] of every image, (N, 2 C)."""
     found = []
-    with evaluating(model), torch.autocast("cpu", torch.bfloat16):
+    with evaluating(model), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
         for chunk in images.split(32):
             tokens = model.forward_features(chunk).float()
             found.append(torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], 1))
@@ -119,6 +120,8 @@ def run(setting: str, limit: int | None = None, config: CalibrateConfig | None =
 
     def after(stage: Any) -> None:
         errors = {"error_before": stage.mean_error_before, "error_after": stage.mean_error_after}
+        if stage.stream_before is not None:
+            errors |= {"stream_before": stage.stream_before, "stream_after": stage.stream_after}
         look(stage.stage, updates=stage.updates, seconds=stage.seconds, **errors, layers=stage.error_after)
 
     report = mrl.calibrate(handle, [images[train]], config=config, after_stage=after)

@@ -28,14 +28,17 @@ def calibrate(
     """Brings a swapped model back toward its teacher, from images without labels.
 
     `stats` sets the running statistics of the region norms (neutrally: the function does not change in eval) and searches
-    one temperature a head. `ridge` solves for each output projection, in closed form and pulled toward the inherited one.
-    `layers` trains each mixer to give its teacher's output on the teacher's and, every second
-    update, on the student's own activations: error = |ours - theirs|^2 / |theirs|^2, prefix rows and patch rows apart.
-    `features` trains the blocks together, through the whole network, to give the teacher's final features: error = mean of
-    ((ours - theirs) / spread)^2 with the teacher's spread of each feature. The loss is the same error after whitening by
-    the teacher's correlations, and the normalised errors of the mixers' (twice) and the blocks' outputs. Nothing
-    outside the blocks changes; `handle.disabled()` and `handle.restore()` still give the original values.
-    Every stage is measured on held-out images; a layer that it did not improve keeps its old values.
+    one temperature a head. `ridge` solves in closed form, on the teacher's activations, for each local convolution with its
+    gain and then for each output projection, pulled toward what they were. `layers` trains each mixer to give its
+    teacher's output on the teacher's and, every second update, on the student's own activations: error = |ours - theirs|^2 /
+    |theirs|^2, prefix rows and patch rows apart. The last of these two ends with one pass along the residual stream
+    (`mrl.swap.stream`): with the student's own inputs, every output projection, and with `scope="blocks"` the last Linear of every
+    block, is solved so that the stream after it comes back to the teacher's. `features` trains the blocks together,
+    through the whole network, to give the teacher's final features: error = mean of ((ours - theirs) / spread)^2 with the
+    teacher's spread of each feature. The loss is the same error after whitening by the teacher's correlations, and the
+    normalised errors of the mixers' (twice) and the blocks' outputs. Nothing outside the blocks changes;
+    `handle.disabled()` and `handle.restore()` still give the original values.
+    Every stage, and the pass, is measured on held-out images; what it did not improve keeps its old values.
 
     Args:
         handle: of `mrl.swap_`, with its originals.
@@ -51,7 +54,8 @@ def calibrate(
         SwapError: the originals were discarded.
 
     Reference:
-        LoLCATs (arXiv:2410.10254) and MiR (arXiv:2201.02620) for matching layers; held-out rejection is ours.
+        LoLCATs (arXiv:2410.10254) and MiR (arXiv:2201.02620) for matching layers; PRACTISE (arXiv:2202.07861) for matching
+        features; the pass along the stream and held-out rejection are ours.
 
     Example:
         >>> import timm, mrl
@@ -83,6 +87,9 @@ def calibrate(
         if config.budget is not None:
             report.restored = [name for name, error in calibrator.layer_errors().items() if error > config.budget]
             handle.restore(report.restored)
+            if report.restored and handle.names and closing is not None:
+                calibrator.mixers = handle.mixers()
+                calibrator.follow()  # what comes after them no longer has to make up for their errors
     torch.random.set_rng_state(rng)
     return report
 

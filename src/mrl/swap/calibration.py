@@ -18,7 +18,8 @@ class CalibrateConfig:
         lr_new: learning rate of the new parameters, in both stages.
         lr_inherited: learning rate of the inherited q, k, v and output projections in the stage `layers`.
         lr_features: learning rate of everything but the new parameters in the stage `features`.
-        scope: what the stage `features` trains: the "blocks" around the mixers with their norms and MLPs, or "mixers" only.
+        scope: what may change beside the mixers: the "blocks" around them (their last Linear in the pass along the stream; all
+            of them, norms and MLPs too, in the stage `features`), or nothing, "mixers".
         held_out: share of the images that measures every stage and trains none.
         max_images: images used at most.
         budget: held-out error above which a layer goes back to its original attention in the end; None keeps all.

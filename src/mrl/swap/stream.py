@@ -22,7 +22,7 @@ IMAGES = 640  # for fitting and choosing together
 ELEMENTS = 800_000_000  # of the teacher's targets, kept in half precision: 1.6 GB
 WIDEST = 150_000_000  # of one layer's input
 SHARE = 0.2  # weight of an image's mean, and of each prefix token, beside its positions
-CAP = 1.0
+CAP = 30.0  # how much more at most what varies little between images counts
 CLOSE = 1e-3  # relative error up to which a tensor is taken for stream + gain * branch
 
 
