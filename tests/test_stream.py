@@ -71,6 +71,17 @@ def test_follow_stream__undoes_planted_errors_of_the_mixers_before(blocks):
     assert blocks or not any("fc2" in k for k in moved)
 
 
+def test_follow_stream__asking_the_teacher_bit_by_bit_changes_nothing(monkeypatch):
+    states = []
+    for elements in (10**9, 1):
+        monkeypatch.setattr("mrl.swap.stream.ELEMENTS", elements)
+        model = vit()
+        handle = mrl.swap_(model, mrl.plan(model, region=2))
+        assert follow_stream(handle, images(), images(48)[40:]) > 0
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_follow_stream__lowers_the_error_of_a_real_swap_on_unseen_images(setting):
     model = vit(3)

@@ -297,17 +297,13 @@ class Calibrator:
 
     def _match_features(self, images: Tensor) -> float:
         """Gradients of the final features' error and of the mixers' and blocks' on one batch."""
-        names = dict.fromkeys([*self.mixers, *(name.rpartition(".")[0] for name in self.mixers)])
+        names = dict.fromkeys(name.rpartition(".")[0] for name in self.mixers)
         with torch.no_grad(), self.handle.disabled(), self._recording(names) as theirs, self.autocast():
             target = final_features(self.handle.model, images)
         with self._recording(names) as ours, self.autocast():
             found = final_features(self.handle.model, images)
-        pairs = {n: [first_tensor(seen[n].output).float() for seen in (ours, theirs)] for n in theirs}
-        mixers, blocks = (
-            [normalised(*pairs[n]) for n in pairs if (n in self.mixers) is wanted] for wanted in (True, False)
-        )
-        loss = self.teacher.loss(found, target, self.whitening)
-        loss = loss + 2 * sum(mixers) / len(mixers) + sum(blocks) / max(len(blocks), 1)
+        blocks = [normalised(*(first_tensor(seen[n].output).float() for seen in (ours, theirs))) for n in theirs]
+        loss = self.teacher.loss(found, target, self.whitening) + sum(blocks) / len(blocks)
         loss.backward()
         return float(loss.detach())
 

@@ -18,9 +18,10 @@ from mrl.swap.calls import first_tensor, rows_of
 from mrl.swap.ridge import Ridge, output_projection, put_linear, values_of
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
-IMAGES = 640  # for fitting and choosing together
-ELEMENTS = 800_000_000  # of the teacher's targets, kept in half precision: 1.6 GB
-WIDEST = 150_000_000  # of one layer's input
+IMAGES = 1500  # for fitting and choosing together
+CHUNK = 32  # images at a time, where it need not be all
+ELEMENTS = 500_000_000  # numbers of the teacher's stream kept at a time, in half precision: 1 GB
+WIDEST = 250_000_000  # numbers of one layer's input: 1 GB
 SHARE = 0.2  # weight of an image's mean, and of each prefix token, beside its positions
 CAP = 30.0  # how much more at most what varies little between images counts
 CLOSE = 1e-3  # relative error up to which a tensor is taken for stream + gain * branch
@@ -174,7 +175,7 @@ def follow_stream(
 
     Args:
         handle: of the swapped model, in eval mode, with its originals.
-        images: to fit on, (B, 3, H, W); as many as memory allows are used, at most 640 with the held-out ones.
+        images: to fit on, (B, 3, H, W); as many as memory allows are used, at most 1,500 with the held-out ones.
         held: held-out images that choose the strength, on the model's device.
         blocks: also solve the last Linear of each block, not the mixers' projections alone.
         autocast: the precision of the passes.
@@ -199,66 +200,89 @@ def follow_stream(
         return 0
     if blocks:
         handle.keep_blocks()
-    count = int(
-        min(IMAGES, WIDEST // max(j.elements[0] for j in joints), ELEMENTS // sum(j.elements[1] for j in joints))
-    )
+    count = int(min(IMAGES, WIDEST // max(max(joint.elements) for joint in joints)))
     held = held[: max(1, count // 5)]
-    together = torch.cat([images[: max(1, count - len(held))].to(held.device), held])
-    n_fit = len(together) - len(held)
+    images = torch.cat([images[: max(1, count - len(held))].to(held.device), held])
     with autocast():
-        goals = _goals(handle, joints, together)
-    changed: list[str] = []
-    stream: dict[str, Tensor] = {}
-    get = handle.model.get_submodule
-    with contextlib.ExitStack() as stack, progress("calibrating along the stream", len(joints)) as advance:
-
-        def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stream.clear()  # the stream before the next branch replaces the one before
-            stream[name] = first_tensor((args, kwargs))
-
-        def solve(joint: Joint, module: nn.Module, args: tuple) -> None:
-            before = None if joint.gain is None else stream[joint.before]
-            branch = _Branch(joint, module, get(joint.mixer), args[0], before, goals.pop(joint.linear)())
-            if branch.solve(n_fit):
-                changed.append(joint.linear)
-            advance()
-
-        for joint in joints:
-            if joint.gain is not None:
-                hook = functools.partial(keep, joint.before)
-                stack.callback(get(joint.before).register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(get(joint.linear).register_forward_pre_hook(functools.partial(solve, joint)).remove)
-        with autocast():
-            handle.model(together)
-    return len(changed)
+        return _Pass(handle, joints, images, len(images) - len(held)).run()
 
 
-def _goals(handle: Handle, joints: list[Joint], images: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What the teacher has where each joint ends, (B, N, C) when called; kept in half precision, scaled."""
-    parts: dict[str, list[tuple[float, Tensor]]] = {joint.linear: [] for joint in joints}
-    mixers = handle.mixers()
+class _Enough(Exception):
+    """The teacher has been asked all that is wanted."""
 
-    def keep(joint: Joint, values: Any) -> None:
-        rows = rows_of(mixers[joint.mixer], first_tensor(values))
+
+class _Pass:
+    """One forward pass of the student in which every joint is solved before it runs.
+
+    The teacher's stream is asked for some joints at a time, from inside the pass, so that it never lies in memory as a whole.
+    """
+
+    def __init__(self, handle: Handle, joints: list[Joint], images: Tensor, n_fit: int) -> None:
+        self.handle, self.joints, self.images, self.n_fit = handle, joints, images, n_fit
+        self.mixers = handle.mixers()
+        self.goals: dict[str, list[tuple[float, Tensor]]] = {}
+        self.stream: Tensor | None = None
+        self.asking, self.changed = False, 0
+
+    def run(self) -> int:
+        """Runs it; how many Linears changed."""
+        get = self.handle.model.get_submodule
+        with contextlib.ExitStack() as stack, progress("calibrating along the stream", len(self.joints)) as advance:
+            for joint in self.joints:
+                if joint.gain is not None:
+                    stack.callback(get(joint.before).register_forward_pre_hook(self._keep, with_kwargs=True).remove)
+                solve = functools.partial(self._solve, joint, advance)
+                stack.callback(get(joint.linear).register_forward_pre_hook(solve).remove)
+            self.handle.model(self.images)
+        return self.changed
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The stream before the next branch."""
+        if not self.asking:
+            self.stream = first_tensor((args, kwargs))
+
+    def _solve(self, joint: Joint, advance: Callable[[], None], linear: nn.Module, args: tuple) -> None:
+        if self.asking:
+            return
+        if joint.linear not in self.goals:
+            self._ask(self.joints.index(joint))
+        goal = torch.cat([scale * part.float() for scale, part in self.goals.pop(joint.linear)])
+        mixer = self.mixers[joint.mixer]
+        before = None if joint.gain is None else rows_of(mixer, self.stream)
+        branch = _Branch(linear, joint.gain, mixer.mrl.num_prefix_tokens, rows_of(mixer, args[0]), before, goal)
+        self.changed += branch.solve(self.n_fit)
+        advance()
+
+    def _ask(self, first: int) -> None:
+        """What the teacher has where this joint ends, and the next ones as memory allows; half precision, scaled."""
+        size = [len(self.images) * joint.elements[1] for joint in self.joints[first:]]
+        n = next((i for i in range(1, len(size)) if sum(size[: i + 1]) > ELEMENTS), len(size))
+        joints = self.joints[first : first + n]
+        self.goals = {joint.linear: [] for joint in joints}
+        self.asking = True
+        try:
+            with self.handle.disabled(), contextlib.ExitStack() as stack:
+                for joint in joints:
+                    module = self.handle.model.get_submodule(joint.after)
+                    put = functools.partial(self._put, joint, joint is joints[-1])
+                    if joint.at_end:
+                        hook = module.register_forward_hook(put)
+                    else:
+                        hook = module.register_forward_pre_hook(put, with_kwargs=True)
+                    stack.callback(hook.remove)
+                for chunk in self.images.split(CHUNK):
+                    with contextlib.suppress(_Enough):
+                        self.handle.model(chunk)
+        finally:
+            self.asking = False
+
+    def _put(self, joint: Joint, last: bool, module: nn.Module, args: tuple, other: Any) -> None:
+        """Keeps a module's output (`other`, where the joint ends with it) or first input (`other` are keywords)."""
+        rows = rows_of(self.mixers[joint.mixer], first_tensor(other if joint.at_end else (args, other)))
         scale = float(rows.abs().amax().clamp(min=1e-12)) / 1e4
-        parts[joint.linear].append((scale, (rows / scale).half()))
-
-    with handle.disabled(), contextlib.ExitStack() as stack:
-        for joint in joints:
-            module = handle.model.get_submodule(joint.after)
-            if joint.at_end:
-                hook = module.register_forward_hook(lambda m, args, output, joint=joint: keep(joint, output))
-            else:
-                hook = module.register_forward_pre_hook(
-                    lambda m, args, kwargs, joint=joint: keep(joint, (args, kwargs)), with_kwargs=True
-                )
-            stack.callback(hook.remove)
-        for chunk in images.split(32):
-            handle.model(chunk)
-    return {
-        name: lambda pieces=pieces: torch.cat([scale * piece.float() for scale, piece in pieces])
-        for name, pieces in parts.items()
-    }
+        self.goals[joint.linear].append((scale, (rows / scale).half()))
+        if last:
+            raise _Enough
 
 
 def _weights(goal: Tensor, prefix: int) -> tuple[float, float]:
@@ -273,20 +297,20 @@ class _Branch:
     """The least-squares problem of one joint."""
 
     def __init__(
-        self, joint: Joint, linear: nn.Module, mixer: nn.Module, y: Tensor, before: Tensor | None, goal: Tensor
+        self, linear: nn.Module, gain: Tensor | None, prefix: int, y: Tensor, before: Tensor | None, goal: Tensor
     ) -> None:
-        self.linear, self.prefix = linear, mixer.mrl.num_prefix_tokens
-        self.y = rows_of(mixer, y).float()
-        self.weights = _weights(goal, self.prefix)
-        self.gain = torch.ones_like(goal[0, 0]) if joint.gain is None else joint.gain
-        self.target = goal if before is None else (goal - rows_of(mixer, before).float()) / self.gain
+        self.linear, self.prefix, self.y = linear, prefix, y
+        self.weights = _weights(goal, prefix)
+        self.gain = torch.ones_like(goal[0, 0]) if gain is None else gain
+        self.target = goal if before is None else goal.sub_(before).div_(self.gain)
         weak = self.gain.abs() < CLOSE * self.gain.abs().amax()
         if weak.any():  # a channel that hardly reaches the stream keeps what it has
-            self.target = torch.where(weak, self._answer(self.y), self.target)
+            for part, y in zip(self.target.split(CHUNK), self.y.split(CHUNK), strict=True):
+                part[..., weak] = self._answer(y)[..., weak]
 
     def _answer(self, y: Tensor) -> Tensor:
         bias = self.linear.bias
-        return nn.functional.linear(y, self.linear.weight.float(), None if bias is None else bias.float())
+        return nn.functional.linear(y.float(), self.linear.weight.float(), None if bias is None else bias.float())
 
     def solve(self, n_fit: int) -> bool:
         """Sets the Linear to the best of the strengths on the images after the first `n_fit`; whether one was better."""
@@ -305,11 +329,11 @@ class _Branch:
 
     def _parts(self, which: slice) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Positions, prefix tokens and means over the positions of these images, each with the weight of a row."""
-        y, target = self.y[which], self.target[which]
-        yield y[:, self.prefix :], target[:, self.prefix :], 1.0
-        if self.prefix:
-            yield y[:, : self.prefix], target[:, : self.prefix], self.weights[0]
-        yield y[:, self.prefix :].mean(1), target[:, self.prefix :].mean(1), self.weights[1]
+        for y, target in zip(self.y[which].split(CHUNK), self.target[which].split(CHUNK), strict=True):
+            yield y[:, self.prefix :], target[:, self.prefix :], 1.0
+            if self.prefix:
+                yield y[:, : self.prefix], target[:, : self.prefix], self.weights[0]
+            yield y[:, self.prefix :].mean(1), target[:, self.prefix :].mean(1), self.weights[1]
 
     def _error(self, which: slice) -> float:
         return sum(
