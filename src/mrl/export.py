@@ -138,7 +138,8 @@ def export_model(
         write_format(model, made, size, **more)
         judged = {"precision": lossy.precision, "max_drop": lossy.max_drop, "metric": lossy.metric}
         returned = control.returned if control else []
-        parity = check_parity(made, model, images, tolerance=tolerance, targets=lossy.targets, hurt=returned, **judged)
+        judged |= {"hurt": returned, "calibration": lossy.calibration}
+        parity = check_parity(made, model, images, tolerance=tolerance, targets=lossy.targets, **judged)
         digests = {part.name: run.sha256_file(part) for part in files_of(made)}
         parity_path(path).unlink(missing_ok=True)
         for part in reversed(files_of(made)):  # the graph last: it is what says that the file is there
