@@ -38,7 +38,7 @@ def check_proof(path: Path | str, *, unproved: bool = False) -> dict[str, Any] |
 
     Args:
         path: of the file; OpenVINO's weights beside it are compared too.
-        unproved: take a file without a proof, or with the proof of another one, with a warning.
+        unproved: take a file without a proof, with a damaged one, or with the proof of another file, with a warning.
 
     Raises:
         ParityError: no proof, a damaged one, or the proof of another file.
@@ -52,8 +52,8 @@ def check_proof(path: Path | str, *, unproved: bool = False) -> dict[str, Any] |
             found = json.loads(proof.read_text(encoding="utf-8"))
             proved = set((found.get("files") or {found["file"]: found["sha256"]}).values())
             changed = [part.name for part in files_of(path) if run.sha256_file(part) not in proved]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ParityError(f"{proof}: is damaged; export the model again with `mrl export --overwrite`.") from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changed, wrong = [], f"{proof.name} is damaged, so nothing shows that {path.name} equals its model"
         except OSError as error:
             raise ParityError(f"{path}: {error.filename} is not there; copy all files of the export.") from error
         if changed:
