@@ -216,6 +216,18 @@ def test_check_proof__every_part_of_the_file_is_compared(format, tmp_path):
             open_runtime(path)
 
 
+def test_check_proof__a_name_in_capitals_hides_no_weights(tmp_path):
+    path, _ = exported(tmp_path, "openvino")
+    loud = path.with_suffix(".XML")
+    path.rename(loud)
+    assert check_proof(loud)["format"] == "openvino"
+    weights = loud.with_suffix(".bin")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(ParityError, match=f"{weights.name} is not the file that"):
+        check_proof(loud)
+
+
 def test_open_runtime__pickles_are_refused(tmp_path):
     path, _ = exported(tmp_path, "torch-export")
     bad = tmp_path / "bad.pt2"

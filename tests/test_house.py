@@ -26,7 +26,7 @@ LEVELS = [
     ["decision", "pairs", "memory"],
     ["compare"],
     ["deploy"],
-    ["export", "cold", "journal"],
+    ["export", "cold", "journal", "door"],
     ["measure", "predictor"],
     ["side_by_side", "explain", "serve"],
     ["predict"],

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -19,9 +20,11 @@ from torch import nn
 
 from mrl.data import Preprocess, read_image
 from mrl.deploy.onnx import plain_float, to_onnx
+from mrl.deploy.parity import check_proof
 from mrl.errors import ConfigError, ParityError
 from mrl.explain import region_map
 from mrl.export import export_model
+from mrl.journal import Journal
 from mrl.predict import find_images, predict
 from mrl.predictor import Predictor
 
@@ -291,13 +294,13 @@ REPORTED = {
 }
 
 
-def bomb():
+def bomb(side=60_000):
     """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     return bytes([137, 80, 78, 71, 13, 10, 26, 10]) + parts
 
@@ -351,9 +354,11 @@ def test_predict__changed_file_is_refused(exported, folder, tmp_path):
     (tmp_path / "model.parity.json").write_text((exported.parent / "model.parity.json").read_text())
     with pytest.raises(ParityError, match="is not the file that"):
         predict(copy, folder, tmp_path / "x.csv")
-    (tmp_path / "model.parity.json").write_text("{")
-    with pytest.raises(ParityError, match="is damaged"):
-        predict(copy, folder, tmp_path / "x.csv")
+    for damaged in ("{", "[]", "null", '{"files": {}}', '{"files": 3}', ""):
+        (tmp_path / "model.parity.json").write_text(damaged)
+        with pytest.raises(ParityError, match=r"is damaged.*--unproved"):
+            predict(copy, folder, tmp_path / "x.csv")
+        assert check_proof(copy, unproved=True) is None
 
 
 def test_predict__file_without_proof_needs_a_word(exported, folder, tmp_path, capsys):
@@ -382,6 +387,89 @@ def test_predict__batch_size(exported, folder, tmp_path, size):
         predict(exported, folder, tmp_path / "x.csv", batch_size=size)
 
 
+def test_predict__names_that_no_table_can_hold(exported, folder, tmp_path, monkeypatch):
+    """A NUL (`find -print0`) and bytes that are no text: a row each, escaped, never a crash."""
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    shutil.copy(folder / "0.png", os.fsencode(odd) + b"/\xff.png")
+    lines = f"{folder}/0.png\0{folder}/1.png\n{folder}/0.png\n".encode() + os.fsencode(odd) + b"/\xff.png\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    for suffix in ("csv", "parquet"):
+        assert predict(exported, [f"{odd}/*.png"], tmp_path / f"glob.{suffix}")["n_errors"] == 0
+    assert predict(exported, "-", tmp_path / "x.csv")["n_errors"] == 1
+    nul, plain, bytes_ = rows_of(tmp_path / "x.csv")
+    assert "null byte" in nul["error"]
+    assert "\\x00" in nul["image"]
+    assert bytes_["image"].endswith("/odd/\\udcff.png")
+    assert bytes_["prediction"] == plain["prediction"] == rows_of(tmp_path / "glob.csv")[0]["prediction"]
+    (tmp_path / "nul.csv").write_text("path\n3\0.png\n")
+    assert predict(exported, tmp_path / "nul.csv", tmp_path / "y.csv")["n_errors"] == 1
+
+
+def test_predict__the_same_name_in_two_folders_can_be_told_apart(exported, folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / ("0.png" if name == "a" else "1.png"), tmp_path / name / "0.png")
+    shutil.copy(folder / "2.png", tmp_path / "a" / "2.png")
+    predict(exported, [tmp_path / "a", tmp_path / "b"], tmp_path / "x.csv", explain=True)
+    rows = rows_of(tmp_path / "x.csv")
+    assert [row["image"] for row in rows] == [f"{tmp_path}/a/0.png", "2.png", f"{tmp_path}/b/0.png"]
+    assert len({row["map"] for row in rows}) == 3
+    predict(exported, [tmp_path / "b"], tmp_path / "one.csv")
+    assert rows_of(tmp_path / "one.csv")[0]["image"] == "0.png"
+
+
+def test_predict__out_that_cannot_be_written_is_said_before_any_work(exported, folder, tmp_path, monkeypatch):
+    (tmp_path / "x.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"x\.csv: is a folder; give the name of a file"):
+        predict(exported, folder, tmp_path / "x.csv", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out .*: cannot be written \(.*\); mend that"):
+        predict(exported, folder, tmp_path / "file" / "y.csv")
+    images = shutil.copytree(folder, tmp_path / "images")
+    with pytest.raises(ConfigError, match="would be taken for images"):
+        predict(exported, images, images / "y.csv", explain=True)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    out = Journal(tmp_path / "z.csv", {})
+    out.file.close()
+    monkeypatch.setattr(out, "file", type("Full", (), {"write": lambda s, x: None, "flush": full})())
+    with pytest.raises(ConfigError, match=r"No space left on device.*what is done stays in z\.csv\.part"):
+        out.write([{"image": "a"}])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_predict__pipes_and_devices_do_not_hang(exported, folder, tmp_path):
+    os.mkfifo(tmp_path / "camera.png")
+    (tmp_path / "list.csv").write_text("path\ncamera.png\n/dev/zero\n")
+    predict(exported, tmp_path / "list.csv", tmp_path / "x.csv")
+    rows = rows_of(tmp_path / "x.csv")
+    assert len(rows) == 2
+    assert all("is a pipe or a device, not a file" in row["error"] for row in rows)
+
+
+def test_predict__an_image_that_goes_before_its_map_is_drawn(exported, folder, tmp_path, monkeypatch, capsys):
+    images, real = shutil.copytree(folder, tmp_path / "images"), Predictor.probabilities
+
+    def gone(self, batch):
+        (images / "0.png").unlink(missing_ok=True)
+        return real(self, batch)
+
+    monkeypatch.setattr(Predictor, "probabilities", gone)
+    predict(exported, images / "0.png", tmp_path / "x.csv", explain=True)
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert (row["map"], row["prediction"] in CLASSES) == ("", True)
+    assert "0.png: has an answer, but no map" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_predict__threads(exported, folder, tmp_path, threads):
+    with pytest.raises(ConfigError, match=f"--threads {threads}: must be a whole number of at least 1"):
+        predict(exported, folder, tmp_path / "x.csv", threads=threads)
+
+
 def test_find_images__nothing_there(tmp_path):
     for images in (tmp_path, tmp_path / "none", tmp_path / "*.png"):
         with pytest.raises(ConfigError, match="no images there"):
@@ -392,6 +480,9 @@ def test_find_images__nothing_there(tmp_path):
     (tmp_path / "b.csv").write_bytes(b"path\n\xff.png\n")
     with pytest.raises(ConfigError, match="UTF-8"):
         find_images(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("path\n" + 200_000 * "a")
+    with pytest.raises(ConfigError, match=r"c\.csv: is not a CSV \(field larger than field limit"):
+        find_images(tmp_path / "c.csv")
 
 
 def test_predictor__what_travels_in_the_file(exported):

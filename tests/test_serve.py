@@ -4,6 +4,8 @@ import base64
 import http.client
 import io
 import json
+import logging
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from mrl.errors import ConfigError
 from mrl.export import export_model
 from mrl.predictor import Predictor
 from mrl.serve import Limits, check_address, make_app, read_token
+from test_predict import bomb
 
 TOKEN = "a-token-of-24-characters"
 
@@ -133,6 +136,8 @@ def test_serve__open_inference_protocol(client, model):
         ("POST", "/predict", photo(1)[:200], 422, "truncated"),
         ("POST", "/predict", bytes(300_000), 413, "larger than 0.2 MB"),
         ("POST", "/predict", wide(), 413, "pixels"),
+        ("POST", "/predict", bomb(), 413, "pixels"),
+        ("POST", "/predict", bomb(10_000), 413, "pixels"),
         ("POST", "/v2/models/mrl/infer", b"{", 400, "is not what is expected"),
         ("POST", "/v2/models/mrl/infer", b"[" * 50_000, 400, "is not what is expected"),
         ("POST", "/v2/models/mrl/infer", b'{"inputs": []}', 400, "is not what is expected"),
@@ -192,6 +197,56 @@ def test_serve__no_address_without_a_token(monkeypatch, tmp_path, model, capsys)
     assert "not found" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", "model.onnx", "--token", TOKEN])  # never as an argument
+
+
+@pytest.mark.parametrize(
+    "token", ["a token with some spaces", "schlüssel-mit-umlauten-drin", "line\nbreak-and-more-letters"]
+)
+def test_read_token__what_a_header_cannot_carry(token, monkeypatch):
+    monkeypatch.setenv("MRL_TOKEN", token)
+    with pytest.raises(ConfigError, match="the token has spaces or letters that HTTP does not carry"):
+        read_token(None)
+    monkeypatch.setenv("MRL_TOKEN", f" {TOKEN}\n")
+    assert read_token(None) == TOKEN
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("body_mb", float("inf"), "--body-mb inf: has to be a number above 0"),
+        ("wait_ms", -1, "--wait-ms -1: has to be"),
+        ("megapixels", 200, "--megapixels 200: larger images are not opened; use at most 89"),
+    ],
+)
+def test_limits__what_they_may_be(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        Limits(**{name: value})
+
+
+def test_serve__a_port_that_is_taken_is_one_sentence(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mrl.serve.Predictor", lambda *a, **k: model)
+    monkeypatch.delenv("MRL_TOKEN", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", "model.onnx", "--port", port]) == 1
+    said = capsys.readouterr().err
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); use a free port" in said
+    assert "serving" not in said
+
+
+def test_serve__a_client_that_goes_away_leaves_no_trace(client, monkeypatch):
+    logged, listener = [], logging.Handler()
+    listener.emit = logged.append
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [listener])
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", client.port)) as one:
+            one.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\nhalf")
+    with socket.create_connection(("127.0.0.1", client.port)) as one:
+        one.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n")
+        assert b" 400 " in one.recv(100)
+    assert client("POST", "/predict", photo(1))[0] == 200
+    time.sleep(0.2)
+    assert logged == []
 
 
 def load(client, clients, seconds):

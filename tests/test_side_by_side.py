@@ -159,6 +159,19 @@ def test_merge__needs_results_of_measure(tmp_path):
         merge([tmp_path / "a.json"])
     with pytest.raises(ConfigError, match="was not written by"):
         merge([tmp_path / "a.json"] * 2)
+    whole = {"kind": "side_by_side", "rows": [], "models": ["a"], "not_measured": [], "environment": {"cpu": "A"}}
+    wrong = {"[]": "was not written by", "{": "is not JSON", '{"kind": "side_by_side"}': "was not written by"}
+    wrong['{"kind": "merged", "rows": []}'] = "is merged already"
+    wrong[json.dumps({**whole, "environment": None})] = "was not written by"
+    for text, message in wrong.items():
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            merge([tmp_path / "a.json"] * 2)
+    for name, cpu in (("a", "A"), ("b", "A"), ("c", "C")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**whole, "environment": {"cpu": cpu}}))
+    with pytest.raises(ConfigError, match=r"b\.json: is the same result as .*a\.json; give each once"):
+        merge([tmp_path / "a.json", tmp_path / "b.json"])
+    assert [m["machine"] for m in merge([tmp_path / "a.json", tmp_path / "c.json"])["machines"]] == ["A", "C"]
 
 
 def test_joules__reads_counters_that_wrap(tmp_path, monkeypatch):

@@ -87,6 +87,8 @@ def export(
         results.export_saved(out, data=data, image_size=image_size, **chosen)
     elif data is not None or image_size is not None:
         raise ConfigError("--data and --image-size are for a folder of mrl.save; a run has its own.")
+    elif not (Path(out) / "protocol.yaml").is_file():
+        raise ConfigError(f"{out}: is neither a run folder nor a folder of mrl.save; give one of them.")
     else:
         results.export_step(Workspace(out), arm=arm, **chosen)
 

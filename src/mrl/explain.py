@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrl import run
+from mrl.errors import DataError
 from mrl.predictor import Predictor
 
 MAP_SUFFIX = "_maps"
@@ -81,9 +82,13 @@ def write_map(model: Predictor, path: Path, folder: Path, name: str) -> Path:
         path: the image.
         folder: of the maps.
         name: of the image, as in the table; its folders are kept.
+
+    Raises:
+        DataError: the image cannot be read.
     """
     prepared = model.prepare(path)
-    assert isinstance(prepared, Tensor), "a region map is drawn of an image that has an answer"
+    if not isinstance(prepared, Tensor):
+        raise DataError(prepared)
     values = region_map(model, prepared)
     height, width = prepared.shape[-2:]
     scale = max(1, -(-448 // width))
@@ -111,5 +116,6 @@ def write_map(model: Predictor, path: Path, folder: Path, name: str) -> Path:
 
 
 def _safe(name: str) -> str:
-    """A relative path inside the folder, whatever the image's own path is."""
-    return "/".join(p for p in Path(name).parts if p not in ("/", "\\", "..", ".")).replace(":", "_") or "image"
+    """A relative path inside the folder, whatever the image's own path is; another one for another path."""
+    parts = ("__" if part == ".." else part for part in Path(name).parts if part not in ("/", "\\", "."))
+    return "/".join(parts).replace(":", "_") or "image"

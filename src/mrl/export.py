@@ -119,16 +119,7 @@ def export_model(
         raise ConfigError(f"export_model: the model has {outputs} outputs, but there are {len(classes)} classes.")
     environment = run.environment()
     used = ("torch", "timm", *LIBRARIES[kind], *(("nncf",) if lossy.precision == "int8" else ()))
-    notes = {
-        "schema": 1,
-        "version": environment["mrl"],
-        "preprocess": settings,
-        "classes": list(classes),
-        "input": "image: (B, 3, H, W) float32 after preprocess",
-        "output": "probabilities: (B, K) float32 after softmax, in the order of classes",
-        "libraries": {name: environment["libraries"].get(name) for name in used},
-        **(meta or {}),
-    }
+    notes = {**_notes(environment, used), "preprocess": settings, "classes": list(classes), **(meta or {})}
     control = _control(lossy)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
@@ -138,7 +129,8 @@ def export_model(
         write_format(model, made, size, **more)
         judged = {"precision": lossy.precision, "max_drop": lossy.max_drop, "metric": lossy.metric}
         returned = control.returned if control else []
-        parity = check_parity(made, model, images, tolerance=tolerance, targets=lossy.targets, hurt=returned, **judged)
+        judged |= {"hurt": returned, "calibration": lossy.calibration}
+        parity = check_parity(made, model, images, tolerance=tolerance, targets=lossy.targets, **judged)
         digests = {part.name: run.sha256_file(part) for part in files_of(made)}
         parity_path(path).unlink(missing_ok=True)
         for part in reversed(files_of(made)):  # the graph last: it is what says that the file is there
@@ -156,6 +148,17 @@ def export_model(
         "classes": list(classes),
         "parity": parity,
         "environment": environment,
+    }
+
+
+def _notes(environment: Mapping[str, Any], libraries: Sequence[str]) -> dict[str, Any]:
+    """What every file says of itself."""
+    return {
+        "schema": 1,
+        "version": environment["mrl"],
+        "input": "image: (B, 3, H, W) float32 after preprocess",
+        "output": "probabilities: (B, K) float32 after softmax, in the order of classes",
+        "libraries": {name: environment["libraries"].get(name) for name in libraries},
     }
 
 

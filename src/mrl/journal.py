@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -26,7 +27,7 @@ class Journal:
         overwrite: begin again where another job's journal lies.
 
     Raises:
-        ConfigError: an unknown suffix, or the journal of another job.
+        ConfigError: an unknown suffix, a folder in its place, one that cannot be written, or the journal of another job.
 
     Example:
         >>> import tempfile
@@ -44,6 +45,8 @@ class Journal:
         self.out = Path(out)
         if self.out.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--out {self.out}: its name has to end in {', '.join(SUFFIXES)}.")
+        if self.out.is_dir():
+            raise ConfigError(f"--out {self.out}: is a folder; give the name of a file in it.")
         if self.out.suffix.lower() == ".parquet":
             _parquet()
         self.path = self.out.with_name(self.out.name + ".part")
@@ -56,9 +59,10 @@ class Journal:
                     "another --out, or say --overwrite."
                 )
             self.path.unlink()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        run.write_json(self.note, job)
-        self.file = self.path.open("a+b")
+        with self._writable():
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            run.write_json(self.note, job)
+            self.file = self.path.open("a+b")
 
     def __enter__(self) -> Journal:
         return self
@@ -90,13 +94,25 @@ class Journal:
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows; they are in the file when this returns."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.file.write(text.encode("utf-8"))
-        self.file.flush()
+        with self._writable():
+            self.file.write(text.encode("utf-8"))
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """A full disk or a folder without the right to write, in one sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.out}: cannot be written ({error.strerror}); mend that, or give another --out; what is done stays in "
+                f"{self.path.name}."
+            ) from error
 
     def finish(self, columns: Sequence[str]) -> Path:
         """Writes the table, whole or not at all, and deletes the journal."""
         kind = self.out.suffix.lower()
-        with run.writing(self.out) as part:
+        with self._writable(), run.writing(self.out) as part:
             if kind == ".parquet":
                 _write_parquet(part, columns, self.rows())
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import itertools
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from mrl import run
 from mrl.data import list_images
 from mrl.deploy.runtimes import files_of
-from mrl.errors import ConfigError
+from mrl.errors import ConfigError, DataError
 from mrl.explain import MAP_SUFFIX, write_map
 from mrl.journal import Journal
 from mrl.predictor import AHEAD, Answer, Predictor, check_batch
@@ -74,7 +75,7 @@ def predict(
     }
     columns = ["image", "prediction", *(f"p_{name}" for name in model.classes), *(["map"] if explain else []), "error"]
     tally = _Tally(model.classes)
-    maps = out.with_name(out.stem + MAP_SUFFIX) if explain else None
+    maps = _maps_folder(out, given) if explain else None
     with Journal(out, job, overwrite=overwrite) as journal, run.progress("predict", total) as advance:
         done = journal.keep(batch_size)
         for row, item in itertools.zip_longest(journal.rows(), itertools.islice(found, done)):
@@ -94,17 +95,10 @@ def predict(
                 tally.count(row)
             advance(len(part))
         journal.finish(columns)
-    if tally.n_errors:
-        run.say(
-            f"{tally.n_errors} of {tally.n} images have no answer; their rows in {out} say why. The first: {tally.errors[0]}"
-        )
     return {
         "model": Path(model_file).name,
         "out": str(out),
-        "n_images": tally.n,
-        "n_errors": tally.n_errors,
-        "errors": tally.errors,
-        "classes": dict(tally.classes),
+        **tally.told(out),
         "not_images": others,
         "resumed_at": done,
         "seconds": time.monotonic() - start,
@@ -128,6 +122,14 @@ class _Tally:
         else:
             self.classes[row["prediction"]] += 1
 
+    def told(self, out: Path) -> dict[str, Any]:
+        """The counts; what has no answer is said aloud, too."""
+        if self.n_errors:
+            where = f"their rows in {out} say why. The first: {self.errors[0]}"
+            run.say(f"{self.n_errors} of {self.n} images have no answer; {where}")
+        counts = {"n_images": self.n, "n_errors": self.n_errors, "errors": self.errors}
+        return {**counts, "classes": dict(self.classes)}
+
 
 def _rows(
     model: Predictor, found: Iterable[tuple[str, Path]], batch_size: int, ahead: int, maps: Path | None
@@ -138,8 +140,29 @@ def _rows(
     for answer, (name, path) in zip(answers, names, strict=False):
         row = {"image": name, "stamp": _stamp(path), "prediction": answer.prediction, **_columns(model, answer)}
         if maps is not None and not answer.error:
-            row["map"] = write_map(model, path, maps, name).relative_to(maps.parent).as_posix()
-        yield {**row, "error": answer.error}
+            try:
+                row["map"] = write_map(model, path, maps, name).relative_to(maps.parent).as_posix()
+            except DataError as error:  # it was there for the answer, and is gone
+                run.say(f"{name}: has an answer, but no map: {error}")
+        yield {**row, "error": _text(answer.error)}
+
+
+def _maps_folder(out: Path, given: Sequence[str]) -> Path:
+    """Where the region maps go: not among the images, or the next run would take them for images."""
+    maps = out.with_name(out.stem + MAP_SUFFIX)
+    inside = next(
+        (each for each in given if Path(each).is_dir() and maps.resolve().is_relative_to(Path(each).resolve())), None
+    )
+    if inside is not None:
+        raise ConfigError(
+            f"--out {out}: lies in {inside}, where the maps of --explain would be taken for images; give another."
+        )
+    return maps
+
+
+def _text(name: str | Path) -> str:
+    """A name that a UTF-8 table can hold: bytes that are no text, and NUL, are written as escapes."""
+    return str(name).encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _columns(model: Predictor, answer: Answer) -> dict[str, float | None]:
@@ -159,14 +182,19 @@ def _stamp(path: Path) -> list[int] | None:
 def _found(given: Sequence[str]) -> tuple[Iterator[tuple[str, Path]], int | None, int]:
     """The images of all that was given, how many they are (None: not known yet), and the files that are none."""
     if given == [STDIN]:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
         lines = (line.strip() for line in sys.stdin)
-        return ((line.replace("\\", "/"), Path(line)) for line in lines if line), None, 0
+        return ((_text(line.replace("\\", "/")), Path(line)) for line in lines if line), None, 0
     if STDIN in given:
         raise ConfigError("predict: - (standard input) stands alone; give folders and files in another call.")
     found, others = [], 0
     for each in given:
         part, rest = find_images(each)
         found, others = found + part, others + rest
+    if len(given) > 1:  # the same name in two folders
+        times = Counter(name for name, _ in found)
+        found = [(name if times[name] == 1 else _text(path.as_posix()), path) for name, path in found]
     if others:
         run.say(f"{others} files in {', '.join(given)} are not images and are left out (by their names).")
     return iter(found), len(found), others
@@ -194,10 +222,10 @@ def find_images(images: Path | str) -> tuple[list[tuple[str, Path]], int]:
     elif path.is_file() and path.suffix.lower() == ".csv":
         found = _listed(path)
     elif path.is_file():
-        found = [(path.name, path)]
+        found = [(_text(path.name), path)]
     else:
         matches = (Path(name) for name in glob.glob(str(path), recursive=True))
-        found = [(file.as_posix(), file) for file in matches if file.is_file()]
+        found = [(_text(file.as_posix()), file) for file in matches if file.is_file()]
     if not found:
         raise ConfigError(
             f"{images}: no images there; give a folder, an image, a pattern, or a CSV with a column path."
@@ -210,7 +238,9 @@ def _listed(table: Path) -> list[tuple[str, Path]]:
         rows = run.read_csv(table)
     except UnicodeDecodeError as error:
         raise ConfigError(f'{table}: is not UTF-8 text; save it as "CSV UTF-8".') from error
+    except csv.Error as error:
+        raise ConfigError(f"{table}: is not a CSV ({error}); give one line an image, with the column path.") from error
     if not rows or "path" not in rows[0]:
         raise ConfigError(f"{table}: needs a header with the column path, and one line an image.")
     names = [(row["path"] or "").strip().replace("\\", "/") for row in rows]
-    return [(name, table.parent / name) for name in names]
+    return [(_text(name), table.parent / name) for name in names]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mrl.compare import compare
-from mrl.data import ImageSet, Preprocess, load_source
+from mrl.data import ImageSet, Preprocess, header_of, load_source
 from mrl.decision import decision_of
 from mrl.deploy.formats import check_choice
 from mrl.errors import ConfigError
@@ -109,7 +109,8 @@ def export_step(
         raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
     protocol = space.protocol
     test = space.image_set("test")
-    images: Any = [test[i]["image"] for i in _varied(space, test, PARITY_IMAGES)]
+    files = [space.audit.files[sample.image] for sample in test.samples]
+    images: Any = [test[i]["image"] for i in _varied([(file.size, file.mode) for file in files], PARITY_IMAGES)]
     lossy = Lossy(precision, max_drop)
     if precision != "fp32":
         judges = test if precision == "int8" else space.image_set("val", "test")
@@ -193,7 +194,8 @@ def export_saved(
             precision, max_drop, targets=judges.labels, calibration=_Items(others), validation=_Items(half),
             validation_targets=half.labels,
         )  # fmt: skip
-    shown: Any = judges if precision != "fp32" else [judges[i]["image"] for i in _spread(len(judges), PARITY_IMAGES)]
+    kinds = [header_of(sample.path) for sample in judges.samples] if precision == "fp32" else []
+    shown: Any = [judges[i]["image"] for i in _varied(kinds, PARITY_IMAGES)] if precision == "fp32" else judges
     more = {"preprocess": preprocess, "classes": classes, "images": shown, "overwrite": overwrite, "lossy": lossy}
     found = export_model(model, path, meta={"data_terms": source.terms}, **more)
     say(f"exported {folder} to {path}: {_proved(found['parity'])}")
@@ -223,13 +225,12 @@ class _Items(Sequence):
         return self.images[row]["image"]
 
 
-def _varied(space: Workspace, images: ImageSet, most: int) -> list[int]:
-    """At most `most` indices: one of every size and mode of the files first, then evenly over all."""
-    kinds: dict[tuple[str, str], int] = {}
-    for index, sample in enumerate(images.samples):
-        record = space.audit.files[sample.image]
-        kinds.setdefault((record.size, record.mode), index)
-    rows = [*list(kinds.values())[: most // 2], *_spread(len(images), most)]
+def _varied(kinds: Sequence[Any], most: int) -> list[int]:
+    """At most `most` indices: one of every kind (size and mode of the file) first, then evenly over all."""
+    first: dict[Any, int] = {}
+    for index, kind in enumerate(kinds):
+        first.setdefault(kind, index)
+    rows = [*list(first.values())[: most // 2], *_spread(len(kinds), most)]
     return sorted(list(dict.fromkeys(rows))[:most])
 
 

@@ -7,9 +7,8 @@ import base64
 import binascii
 import contextlib
 import hmac
-import io
-import ipaddress
 import json
+import math
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from mrl import run
-from mrl.errors import ConfigError, MissingExtra
+from mrl.data import header_of
+from mrl.door import check_address, listen, read_token
+from mrl.errors import ConfigError, DataError, MissingExtra
 from mrl.predictor import Predictor
 
-TOKEN = "MRL_TOKEN"
 NAME = "mrl"
 FARTHEST = 8  # times the largest body are read before the connection is cut
+LARGEST = (Image.MAX_IMAGE_PIXELS or 1e9) / 1e6  # megapixels, Pillow's guard against decompression bombs
 WAITING = 256  # images that may wait for their turn before the answer is 503
 
 
@@ -52,8 +53,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0 and not (name == "wait_ms" and value == 0):
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: has to be above 0.")
+            flag = f"--{name.replace('_', '-')} {value}"
+            if not 0 < value < math.inf and not (name == "wait_ms" and value == 0):
+                raise ConfigError(f"{flag}: has to be a number above 0.")
+            if name == "megapixels" and value > LARGEST:
+                raise ConfigError(f"{flag}: larger images are not opened; use at most {LARGEST:.0f}.")
 
 
 class Refused(Exception):
@@ -96,14 +100,13 @@ class Batcher:
         return await future
 
     def _prepare(self, data: bytes) -> Tensor:
-        too_large = None
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
-            pixels = image.width * image.height
-            if pixels > self.limits.megapixels * 1e6:
-                most = f"more than the {self.limits.megapixels:g} megapixels that are allowed"
-                too_large = Refused(413, f"{image.width} x {image.height} pixels, {most}")
-        if too_large is not None:
-            raise too_large
+        try:
+            header = header_of(data)
+        except DataError as error:
+            raise Refused(413, str(error)) from None
+        if header is not None and header[0] * header[1] > self.limits.megapixels * 1e6:
+            most = f"more than the {self.limits.megapixels:g} megapixels that are allowed"
+            raise Refused(413, f"{header[0]} x {header[1]} pixels, {most}")
         prepared = self.model.prepare(data)
         if isinstance(prepared, str):
             raise Refused(422, prepared)
@@ -158,39 +161,77 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
     """
     try:
         from starlette.applications import Starlette
-        from starlette.requests import Request
-        from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ModuleNotFoundError as error:
         raise MissingExtra("mrl serve: its server is not installed; run `pip install mrl[serve]`.") from error
-    limits = limits or Limits()
-    batcher = Batcher(model, limits)
+    service = Service(model, limits or Limits())
 
-    def guarded(handler: Any, *, secret: bool = True) -> Any:
-        async def handle(request: Request) -> JSONResponse:
-            try:
-                if secret and token is not None and not _allowed(request.headers.get("authorization", ""), token):
-                    raise Refused(401, "a token is needed: send Authorization: Bearer <token>")
-                return JSONResponse(await handler(request))
-            except Refused as refused:
-                headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(refused.status)
-                return JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        worker = asyncio.create_task(service.batcher.work())
+        yield
+        worker.cancel()
+        service.batcher.readers.shutdown(wait=False)
+        service.batcher.compute.shutdown(wait=False)
 
-        return handle
+    routes = [
+        Route("/v2/health/live", _guarded(service.live, None)),
+        Route("/v2/health/ready", _guarded(service.ready, None)),
+        Route("/v2", _guarded(service.server, token)),
+        Route("/v2/models/{name}", _guarded(service.about, token)),
+        Route("/v2/models/{name}/infer", _guarded(service.infer, token), methods=["POST"]),
+        Route("/predict", _guarded(service.predict, token), methods=["POST"]),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
 
-    async def live(request: Request) -> dict[str, Any]:
+
+def _guarded(handler: Any, token: str | None) -> Any:
+    """A handler behind the token, whose refusals become answers."""
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse
+
+    async def handle(request: Request) -> JSONResponse:
+        try:
+            if token is not None and not _allowed(request.headers.get("authorization", ""), token):
+                raise Refused(401, "a token is needed: send Authorization: Bearer <token>")
+            return JSONResponse(await handler(request))
+        except Refused as refused:
+            headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(refused.status)
+            return JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
+        except ClientDisconnect:  # nobody is there to hear it
+            return JSONResponse({"error": "the request was cut off"}, status_code=400)
+
+    return handle
+
+
+class Service:
+    """What the paths answer: each takes a request of Starlette and gives plain data.
+
+    Args:
+        model: an opened file.
+        limits: of a request.
+    """
+
+    def __init__(self, model: Predictor, limits: Limits) -> None:
+        self.model, self.limits, self.batcher = model, limits, Batcher(model, limits)
+
+    async def live(self, request: Any) -> dict[str, Any]:
+        """The process runs."""
         return {"live": True}
 
-    async def ready(request: Request) -> dict[str, Any]:
+    async def ready(self, request: Any) -> dict[str, Any]:
+        """The model is opened."""
         return {"ready": True}
 
-    async def server(request: Request) -> dict[str, Any]:
+    async def server(self, request: Any) -> dict[str, Any]:
+        """Name and version."""
         return {"name": "mrl", "version": run.environment()["mrl"], "extensions": ["predict"]}
 
-    async def about(request: Request) -> dict[str, Any]:
+    async def about(self, request: Any) -> dict[str, Any]:
+        """The model: tensors, classes, preprocessing, limits."""
         if request.path_params["name"] != NAME:
             raise Refused(404, f"there is one model here, {NAME}")
-        k = len(model.classes)
+        model, k = self.model, len(self.model.classes)
         outputs = [("probabilities", "FP32", [-1, k]), ("prediction", "BYTES", [-1])]
         return {
             "name": NAME,
@@ -199,73 +240,52 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
             "outputs": [{"name": n, "datatype": d, "shape": s} for n, d, s in outputs],
             "classes": list(model.classes),
             "preprocess": model.preprocess.to_dict(),
-            "limits": vars(limits),
+            "limits": vars(self.limits),
             "proved": model.proof is not None,
         }
 
-    async def body(request: Request) -> bytes:
-        most = int(limits.body_mb * 1e6)
-        told = request.headers.get("content-length", "")
-        data, seen = bytearray(), 0
-        if not told.isdigit() or int(told) <= FARTHEST * most:
-            async for (
-                chunk
-            ) in request.stream():  # what is too much is still read, not kept, so that the client hears why
-                seen += len(chunk)
-                if seen <= most:
-                    data += chunk
-                elif seen > FARTHEST * most:
-                    break
-        if seen > most or (told.isdigit() and int(told) > most):
-            raise Refused(413, f"the body is larger than {limits.body_mb:g} MB")
-        if not data:
-            raise Refused(400, "the body is empty; send an image")
-        return bytes(data)
+    async def predict(self, request: Any) -> dict[str, Any]:
+        """One image file."""
+        values = _finite(await self.batcher.answer(await self._body(request)))
+        named = dict(zip(self.model.classes, map(float, values), strict=True))
+        return {"prediction": self.model.classes[int(values.argmax())], "probabilities": named}
 
-    async def predict(request: Request) -> dict[str, Any]:
-        values = _finite(await batcher.answer(await body(request)))
-        named = dict(zip(model.classes, map(float, values), strict=True))
-        return {"prediction": model.classes[int(values.argmax())], "probabilities": named}
-
-    async def infer(request: Request) -> dict[str, Any]:
+    async def infer(self, request: Any) -> dict[str, Any]:
+        """The protocol's tensors."""
         if request.path_params["name"] != NAME:
             raise Refused(404, f"there is one model here, {NAME}")
-        name, images = _inputs(await body(request), limits)
-        found = await asyncio.gather(*(batcher.answer(image) for image in images), return_exceptions=True)
+        name, images = _inputs(await self._body(request), self.limits)
+        found = await asyncio.gather(*(self.batcher.answer(image) for image in images), return_exceptions=True)
         for index, values in enumerate(found):
             if isinstance(values, Refused):
                 raise Refused(values.status, f"image {index}: {values}")
             if isinstance(values, BaseException):
                 raise values
         table = np.stack([_finite(values) for values in found])
+        flat, named = table.ravel().tolist(), [self.model.classes[int(i)] for i in table.argmax(1)]
         outputs = [
-            {"name": "probabilities", "datatype": "FP32", "shape": list(table.shape), "data": table.ravel().tolist()},
-            {
-                "name": "prediction",
-                "datatype": "BYTES",
-                "shape": [len(table)],
-                "data": [model.classes[int(i)] for i in table.argmax(1)],
-            },
+            {"name": "probabilities", "datatype": "FP32", "shape": list(table.shape), "data": flat},
+            {"name": "prediction", "datatype": "BYTES", "shape": [len(table)], "data": named},
         ]
         return {"model_name": NAME, "id": name, "outputs": outputs}
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        worker = asyncio.create_task(batcher.work())
-        yield
-        worker.cancel()
-        batcher.readers.shutdown(wait=False)
-        batcher.compute.shutdown(wait=False)
-
-    routes = [
-        Route("/v2/health/live", guarded(live, secret=False)),
-        Route("/v2/health/ready", guarded(ready, secret=False)),
-        Route("/v2", guarded(server)),
-        Route("/v2/models/{name}", guarded(about)),
-        Route("/v2/models/{name}/infer", guarded(infer), methods=["POST"]),
-        Route("/predict", guarded(predict), methods=["POST"]),
-    ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    async def _body(self, request: Any) -> bytes:
+        """The body; what is too much is still read, not kept, so that the client hears why."""
+        most = int(self.limits.body_mb * 1e6)
+        told = request.headers.get("content-length", "")
+        data, seen = bytearray(), 0
+        if not told.isdigit() or int(told) <= FARTHEST * most:
+            async for chunk in request.stream():
+                seen += len(chunk)
+                if seen <= most:
+                    data += chunk
+                elif seen > FARTHEST * most:
+                    break
+        if seen > most or (told.isdigit() and int(told) > most):
+            raise Refused(413, f"the body is larger than {self.limits.body_mb:g} MB")
+        if not data:
+            raise Refused(400, "the body is empty; send an image")
+        return bytes(data)
 
 
 def _allowed(header: str, token: str) -> bool:
@@ -297,50 +317,6 @@ def _inputs(data: bytes, limits: Limits) -> tuple[str, list[bytes]]:
     return name, images
 
 
-def read_token(token_file: Path | str | None) -> str | None:
-    """The token from a file, or from the environment variable MRL_TOKEN; None where there is none.
-
-    Raises:
-        ConfigError: the file is not there or empty, or the token is shorter than 16 characters.
-
-    Example:
-        >>> _ = os.environ.pop("MRL_TOKEN", None)
-        >>> read_token(None) is None
-        True
-    """
-    token = os.environ.get(TOKEN)
-    if token_file is not None:
-        try:
-            token = Path(token_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--token-file {token_file}: cannot be read ({error}).") from error
-    if token is None:
-        return None
-    if len(token) < 16:
-        raise ConfigError("the token is shorter than 16 characters; take a longer one, such as `openssl rand -hex 24`.")
-    return token
-
-
-def check_address(host: str, token: str | None) -> None:
-    """Refuses an address that others can reach, without a token.
-
-    Raises:
-        ConfigError: such an address, or none at all.
-
-    Example:
-        >>> check_address("127.0.0.1", None)
-        >>> check_address("0.0.0.0", None)
-        Traceback (most recent call last):
-        mrl.errors.ConfigError: --host 0.0.0.0: others can reach it; set MRL_TOKEN or --token-file, or use 127.0.0.1.
-    """
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local and token is None:
-        raise ConfigError(f"--host {host}: others can reach it; set {TOKEN} or --token-file, or use 127.0.0.1.")
-
-
 def serve(
     model_file: Path | str,
     *,
@@ -363,7 +339,7 @@ def serve(
         limits: of a request.
 
     Raises:
-        ConfigError: an address without a token, a port that is out of range, or a file that is not one of `mrl export`.
+        ConfigError: an address without a token, a port that is out of range or taken, or a file that is not one of `mrl export`.
         ParityError: the file has no proof, or is not the one that was proved equal.
         MissingExtra: the server is not installed.
     """
@@ -374,6 +350,9 @@ def serve(
     app = make_app(Predictor(model_file, unproved=unproved, threads=threads), token=token, limits=limits)
     import uvicorn
 
+    listening = listen(host, port)
     locked = "with its token" if token else "from this machine"
     run.say(f"serving {Path(model_file).name} on http://{host}:{port} ({locked}); stop it with Ctrl-C.")
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

@@ -300,15 +300,16 @@ def merge(files: Sequence[Path | str]) -> dict[str, Any]:
         files: `measure.json` files of `mrl measure A B`.
 
     Raises:
-        ConfigError: fewer than two, or a file that is not one of these.
+        ConfigError: fewer than two, one twice, or a file that is not one of these.
     """
     if len(files) < 2:
         raise ConfigError("--merge: give two or more measure.json files.")
-    rows, machines, missing, models = [], [], [], []
+    rows, machines, missing, models, seen = [], [], [], [], []
     for file in files:
-        found = run.read_json(file)
-        if found.get("kind") != "side_by_side":
-            raise ConfigError(f"{file}: was not written by `mrl measure A B`; measure again.")
+        found = _result(file)
+        if found in seen:
+            raise ConfigError(f"{file}: is the same result as {files[seen.index(found)]}; give each once.")
+        seen.append(found)
         machine = f"{found['environment']['cpu']}"
         same = sum(m["cpu"] == machine for m in machines)
         label = machine if not same else f"{machine} ({same + 1})"
@@ -324,3 +325,17 @@ def merge(files: Sequence[Path | str]) -> dict[str, Any]:
         "rows": rows,
         "not_measured": missing,
     }
+
+
+def _result(file: Path | str) -> dict[str, Any]:
+    """A result of one machine."""
+    try:
+        found = run.read_json(file)
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not JSON ({error}); copy it again, or measure again.") from error
+    whole = isinstance(found, dict) and {"rows", "models", "not_measured", "environment"} <= found.keys()
+    if isinstance(found, dict) and found.get("kind") == "merged":
+        raise ConfigError(f"{file}: is merged already; give the measure.json files that it was made of.")
+    if not whole or found.get("kind") != "side_by_side" or not isinstance(found["environment"], dict):
+        raise ConfigError(f"{file}: was not written by `mrl measure A B`; measure again.")
+    return found

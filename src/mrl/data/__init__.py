@@ -1,7 +1,7 @@
 """Folders on disk -> checked, split batches."""
 
 from mrl.data.audit import Audit, BadImage, audit_source, changed_files, load_audit
-from mrl.data.images import read_image
+from mrl.data.images import header_of, read_image
 from mrl.data.loading import ImageCache, ImageSet, make_loader
 from mrl.data.records import ImageRecord
 from mrl.data.sources import IMAGE_SUFFIXES, ImageSource, Sample, list_images, load_source
@@ -23,6 +23,7 @@ __all__ = [
     "audit_source",
     "changed_files",
     "check_split",
+    "header_of",
     "list_images",
     "load_audit",
     "load_source",

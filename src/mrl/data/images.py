@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import stat
 import struct
 import threading
 import warnings
@@ -70,7 +72,7 @@ def read_image(path: Path | str, *, bit_depth: int | None = None) -> Tensor:
         (3, H, W).
 
     Raises:
-        DataError: the file is missing, truncated, not an image, too large, or has values above `bit_depth`.
+        DataError: the file is missing, a pipe or device, truncated, not an image, too large, or has values above `bit_depth`.
         ConfigError: `bit_depth` is not a whole number from 1 to 32.
 
     Example:
@@ -82,13 +84,39 @@ def read_image(path: Path | str, *, bit_depth: int | None = None) -> Tensor:
         ((3, 2, 3), 0.5)
     """
     try:
+        kind = os.stat(path).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind) or stat.S_ISSOCK(kind):  # reading it might never end
+            raise DataError(f"{path}: is a pipe or a device, not a file; give an image file.")
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its rights.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); check the path and its rights.") from error
     try:
         return decode(data, bit_depth=bit_depth).tensor()
     except DataError as error:
         raise DataError(f"{path}: {error}{'' if ';' in str(error) else f'; {ADVICE}'}.") from error
+
+
+def header_of(file: bytes | Path | str) -> tuple[int, int, str] | None:
+    """Width, height and mode as the file's header says, before a pixel is decoded; None where it is no image.
+
+    Raises:
+        DataError: a header that says more pixels than Pillow opens.
+
+    Example:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("L", (40, 30)).save(buffer, "png")
+        >>> header_of(buffer.getvalue())
+        (40, 30, 'L')
+    """
+    with _QUIET:
+        try:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                return (*image.size, image.mode)
+        except Image.DecompressionBombError:
+            raise DataError(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller") from None
+        except Exception:  # whatever a broken header raises; reading it says why
+            return None
 
 
 def decode(data: bytes, *, bit_depth: int | None = None) -> Decoded:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mrl import run
+from mrl.deploy.hurt import MOST_IMAGES, Hurt, layers_that_hurt, percent
 from mrl.deploy.onnx import plain_float
 from mrl.deploy.runtimes import files_of, open_runtime
 from mrl.errors import ConfigError, ParityError
 from mrl.stats import Interval, combine, newcombe_paired
 
 BATCHES = (1, 8)
+NAMED = 5  # layers in a refusal
 
 
 def parity_path(path: Path | str) -> Path:
@@ -35,7 +38,7 @@ def check_proof(path: Path | str, *, unproved: bool = False) -> dict[str, Any] |
 
     Args:
         path: of the file; OpenVINO's weights beside it are compared too.
-        unproved: take a file without a proof, or with the proof of another one, with a warning.
+        unproved: take a file without a proof, with a damaged one, or with the proof of another file, with a warning.
 
     Raises:
         ParityError: no proof, a damaged one, or the proof of another file.
@@ -49,8 +52,8 @@ def check_proof(path: Path | str, *, unproved: bool = False) -> dict[str, Any] |
             found = json.loads(proof.read_text(encoding="utf-8"))
             proved = set((found.get("files") or {found["file"]: found["sha256"]}).values())
             changed = [part.name for part in files_of(path) if run.sha256_file(part) not in proved]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ParityError(f"{proof}: is damaged; export the model again with `mrl export --overwrite`.") from error
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changed, wrong = [], f"{proof.name} is damaged, so nothing shows that {path.name} equals its model"
         except OSError as error:
             raise ParityError(f"{path}: {error.filename} is not there; copy all files of the export.") from error
         if changed:
@@ -77,12 +80,14 @@ def check_parity(
     targets: Sequence[int] | None = None,
     metric: str = "accuracy",
     hurt: Sequence[str] = (),
+    calibration: Any = (),
 ) -> dict[str, Any]:
     """Compares an exported file with its model on every image: batches of 8, an odd tail, and up to 32 images one by one.
 
     In float32 the probabilities agree within `tolerance` and the decisions are the same. In any other precision the
     metric may drop, by `max_drop` at most: the one-sided 95 % bound of its drop (Newcombe's paired interval, class by class
-    for balanced accuracy) counts, not the drop that was seen.
+    for balanced accuracy) counts, not the drop that was seen. Where that is too much, every layer is put into the
+    precision by itself (`mrl.deploy.hurt`), and the refusal names the ones that change the answers most.
 
     Args:
         path: of the file; it is opened as `mrl predict` opens it.
@@ -93,7 +98,8 @@ def check_parity(
         max_drop: of the metric, as a share.
         targets: class index of every image; None takes the model's own decisions, so that every flip is a loss.
         metric: "accuracy" or "balanced_accuracy".
-        hurt: layers to name where the drop is too large.
+        hurt: layers that the accuracy control of int8 gave back to float32, worst first.
+        calibration: images that set the ranges of int8, for the layers that a refusal names.
 
     Returns:
         n_images, n_answers, max_abs_diff, tolerance, same_decisions, flips, ties, batches, and for other precisions
@@ -101,7 +107,8 @@ def check_parity(
 
     Raises:
         ConfigError: every image is one flat colour.
-        ParityError: not equal, a value that is not finite, or a drop that may be larger than `max_drop`.
+        ParityError: not equal, a value that is not finite, or a drop that may be larger than `max_drop`; its `facts` hold
+            what was found.
     """
     runtime, plain, n = open_runtime(path), plain_float(model), len(images)
     rows = [i % n for i in range(max(n, 8))]  # fewer than 8 images fill one batch of 8 by repeating
@@ -122,9 +129,15 @@ def check_parity(
     ours, theirs = np.concatenate(found), np.concatenate(expected)
     if precision == "fp32":
         return {"n_images": n, **_judge(ours, theirs, tolerance)}
-    _finite(ours, theirs)
+
+    def blame() -> list[Hurt]:
+        sample = [int(i) for i in np.unique(np.linspace(0, n - 1, MOST_IMAGES).astype(int))]
+        rows = [int(i) for i in np.unique(np.linspace(0, len(calibration) - 1, MOST_IMAGES).astype(int))]
+        ranges = take_images(calibration, rows) if len(calibration) else None
+        return layers_that_hurt(plain, take_images(images, sample), precision, calibration=ranges, skip=hurt)
+
     chosen = np.asarray(theirs[:n].argmax(1) if targets is None else targets)
-    return {"n_images": n, **_judge_lower(ours, theirs, n, chosen, precision, metric, max_drop, hurt)}
+    return {"n_images": n, **_judge_lower(ours, theirs, n, chosen, precision, metric, max_drop, hurt, blame)}
 
 
 def _finite(found: np.ndarray, expected: np.ndarray) -> None:
@@ -160,24 +173,19 @@ def _judge_lower(
     precision: str,
     metric: str,
     max_drop: float,
-    hurt: Sequence[str],
+    returned: Sequence[str],
+    blame: Callable[[], list[Hurt]],
 ) -> dict[str, Any]:
     """Any other precision: the bound of the metric's drop; the first `n` answers are the images, once each."""
+    try:
+        _finite(found, expected)
+    except ParityError as error:
+        raise ParityError(f"{str(error).replace('; nothing', _named(returned, blame()) + '; nothing')}") from None
     ours, theirs = found[:n].argmax(1), expected[:n].argmax(1)
     flips, drop = int((ours != theirs).sum()), metric_drop(target, theirs, ours, metric)
-    if drop.high > max_drop:
-        seen = f"{100 * drop.estimate:.1f} points (up to {100 * drop.high:.1f}, one-sided 95 %)"
-        named = f"; layers that hurt: {', '.join(hurt)}" if len(hurt) else ""
-        more = "" if flips else f"; about {_images_needed(max_drop)} images would be needed to show it without a flip"
-        raise ParityError(
-            f"{precision} drops {metric.replace('_', ' ')} by {seen} on {n} images, {flips} decisions changed; allowed: "
-            f"{100 * max_drop:.1f} points{named}{more}; nothing was written: use fp32, more images, or a larger --max-drop."
-        )
-    largest = float(np.abs(found.astype(np.float64) - expected).max())
-    bounds = {"estimate": drop.estimate, "low": drop.low, "high": drop.high}
-    return {
+    facts = {
         "n_answers": len(found),
-        "max_abs_diff": largest,
+        "max_abs_diff": float(np.abs(found.astype(np.float64) - expected).max()),
         "tolerance": None,
         "same_decisions": flips == 0,
         "flips": flips,
@@ -185,9 +193,32 @@ def _judge_lower(
         "batches": list(BATCHES),
         "precision": precision,
         "metric": metric,
-        "drop": bounds,
+        "drop": {"estimate": drop.estimate, "low": drop.low, "high": drop.high},
         "max_drop": max_drop,
     }
+    if drop.high <= max_drop:
+        return facts
+    layers = blame()
+    moved = float(np.abs(found[:n] - expected[:n]).sum(1).mean() / 2)
+    seen = f"{100 * drop.estimate:.1f} points (up to {100 * drop.high:.1f}, one-sided 95 %)"
+    more = "" if flips else f"; about {_images_needed(max_drop)} images would be needed to show it without a flip"
+    raise ParityError(
+        f"{precision} drops {metric.replace('_', ' ')} by {seen} on {n} images, {flips} decisions changed; allowed: "
+        f"{100 * max_drop:.1f} points{_named(returned, layers, moved)}{more}; nothing was written: use fp32, more images, or "
+        "a larger --max-drop.",
+        facts={"n_images": n, **facts, "returned_to_fp32": list(returned), "change": moved, "hurt": list(map(asdict, layers))},
+    )  # fmt: skip
+
+
+def _named(returned: Sequence[str], layers: Sequence[Hurt], moved: float | None = None) -> str:
+    """Who is to blame: what the accuracy control gave back already, then what hurts most by itself."""
+    given = [f"{name} (in float32 again, which was not enough)" for name in returned[:NAMED]]
+    given += [f"and {len(returned) - NAMED} more given back"] if len(returned) > NAMED else []
+    whole = "" if moved is None else f"; all of the file: {percent(moved)}"
+    worst = [str(hurt) for hurt in layers[:NAMED]]
+    if worst:
+        worst[-1] += f" (share of the probability that moves with that layer alone{whole})"
+    return f"; layers that hurt: {', '.join([*given, *worst])}" if given or worst else ""
 
 
 def metric_drop(target: np.ndarray, before: np.ndarray, after: np.ndarray, metric: str = "accuracy") -> Interval:

@@ -56,7 +56,7 @@ def files_of(path: Path | str) -> list[Path]:
         ['model.xml', 'model.bin']
     """
     path = Path(path)
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
 
 
 def open_runtime(path: Path | str, *, threads: int | None = None) -> Runtime:
@@ -67,7 +67,7 @@ def open_runtime(path: Path | str, *, threads: int | None = None) -> Runtime:
         threads: for the work of one call; None takes torch's number.
 
     Raises:
-        ConfigError: not such a file, or one that this runtime cannot read.
+        ConfigError: not such a file, one that this runtime cannot read, or fewer than 1 thread.
         MissingExtra: an OpenVINO file, and OpenVINO is not installed.
 
     Example:
@@ -79,6 +79,8 @@ def open_runtime(path: Path | str, *, threads: int | None = None) -> Runtime:
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"{path}: give a .onnx, .xml (OpenVINO) or .pt2 (torch.export) file of `mrl export`.")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads {threads}: must be a whole number of at least 1.")
     if not path.is_file():
         raise ConfigError(f"{path}: not found; give a file that `mrl export` (or `mrl poc`) wrote.")
     return {"onnx": _onnx, "openvino": _openvino, "torch-export": _torch_export}[kind](path, threads)
