@@ -15,9 +15,9 @@ class CalibrateConfig:
         feature_epochs: passes of the stage `features`.
         min_updates: updates of either stage however few images there are.
         batch_size: images an update.
-        lr_new: learning rate of the new parameters, in both stages.
+        lr_new: learning rate of the new parameters in the stage `layers`.
         lr_inherited: learning rate of the inherited q, k, v and output projections in the stage `layers`.
-        lr_features: learning rate of everything but the new parameters in the stage `features`.
+        lr_features: learning rate in the stage `features`; the new parameters take ten times as much.
         scope: what may change beside the mixers: the "blocks" around them (their last Linear in the pass along the stream; all
             of them, norms and MLPs too, in the stage `features`), or nothing, "mixers".
         held_out: share of the images that measures every stage and trains none.
@@ -29,12 +29,12 @@ class CalibrateConfig:
     """
 
     epochs: float = 0.5
-    feature_epochs: float = 2.0
+    feature_epochs: float = 0.5
     min_updates: int = 60
     batch_size: int = 8
     lr_new: float = 3e-3
     lr_inherited: float = 2e-4
-    lr_features: float = 2e-4
+    lr_features: float = 1e-5
     scope: Literal["blocks", "mixers"] = "blocks"
     held_out: float = 0.1
     max_images: int = 2000

@@ -285,7 +285,7 @@ class Calibrator:
         rates = (self.config.lr_new, self.config.lr_inherited)
         if stage == "features":
             inherited += self._around()
-            rates = (self.config.lr_new, self.config.lr_features)
+            rates = (10 * self.config.lr_features, self.config.lr_features)
         flags = [(p, p.requires_grad) for p in (*new, *inherited)]
         for parameter, _ in flags:
             parameter.requires_grad_(True)
