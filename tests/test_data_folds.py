@@ -181,3 +181,11 @@ def test_write_folds__reads_back_and_a_changed_table_is_refused(tmp_path):
     (tmp_path / "split.csv").write_text(text.replace("folds,0,", "folds,1,", 1))
     with pytest.raises(DataError, match="was changed after it was written"):
         read_folds(tmp_path)
+
+
+def test_split_of__large_groups_get_a_larger_inner_side():
+    audit = audited([("ab"[g % 2], f"g{g}", f"{g}-{n}") for g in range(14) for n in range(3)])
+    found, units = make_folds(audit), split_units(audit)
+    for repeat, fold in found.cells:
+        rows = split_of(found, repeat, fold, units=units, val_fraction=0.05)
+        assert {(r.label, r.split) for r in rows} == {(c, s) for c in "ab" for s in ("train", "val", "test")}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mrl.data.audit import Audit
-from mrl.data.holdout import hold_out
+from mrl.data.holdout import Unit, hold_out
 from mrl.data.split import SplitRow, as_units, check_options, split_units, units_of
 from mrl.errors import ConfigError, DataError
 from mrl.run import read_csv, read_json, sha256_file, write_csv, write_json
@@ -23,7 +23,7 @@ FROZEN_FROM = 1_000
 """Images from which `full` keeps a test set of its own, that no fold sees."""
 
 FROZEN_SHARE = 0.2
-TRIALS = 50
+TRIALS = 20
 STEPS = 200_000
 """Shuffles that are tried, and images that are dealt in all."""
 FIELDS = ("image", "label", "group", "sha256", "split")
@@ -85,7 +85,7 @@ def make_folds(audit: Audit, *, preset: str = "standard", seed: int = 0, group_n
     """Deals audited images into stratified folds, several times; what belongs together stays together.
 
     Each repeat is a shuffled StratifiedGroupKFold (scikit-learn) over the units of `split_units`: user groups, exact
-    copies, with `group_near` near duplicates, and whatever these link. Of up to 50 shuffles a repeat, the one with the
+    copies, with `group_near` near duplicates, and whatever these link. Of up to 20 shuffles a repeat, the one with the
     most even class shares is kept. `full` first takes a frozen test set of 20 % out, where there are 1,000 images.
 
     Args:
@@ -155,7 +155,7 @@ def _enough(labels: np.ndarray, groups: np.ndarray, k: int) -> None:
 
 
 def _deal(labels: np.ndarray, groups: np.ndarray, k: int, seed: int, repeat: int) -> np.ndarray:
-    """(n,) the fold of each image: the most even of up to 50 shuffles in which every fold has every class."""
+    """(n,) the fold of each image: the most even of up to 20 shuffles in which every fold has every class."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     names, label = np.unique(labels, return_inverse=True)
@@ -227,7 +227,7 @@ def split_of(
         folds: the manifest.
         repeat: which repeat.
         fold: which fold of it; -1 is the fit on all images but the frozen ones, which are its test side.
-        val_fraction: share of the training side that chooses.
+        val_fraction: share of the training side that chooses; up to a half where large groups leave no such share.
         units: of `split_units`: what stays together.
 
     Raises:
@@ -239,10 +239,20 @@ def split_of(
     train = [r for r in kept if r.image not in test]
     rng = np.random.default_rng([folds.seed, 0x1DE, repeat, fold + 1])
     made = as_units({r.image: units[r.image] for r in train}, {r.image: r.label for r in train})
-    held = hold_out(made, val_fraction, rng, leave=1, sides=f"training and inner validation of fold {fold}")
+    held = _inner(made, val_fraction, rng, f"training and inner validation of fold {fold}")
     val = {image for unit in held for image in unit.images}
     side = {r.image: "test" if r.image in test else "val" if r.image in val else "train" for r in kept}
     return [SplitRow(r.image, r.label, r.group, r.sha256, side[r.image]) for r in kept]
+
+
+def _inner(units: Sequence[Unit], fraction: float, rng: np.random.Generator, sides: str) -> list[Unit]:
+    """The units of the inner validation side; a larger share where groups are too large for the one that was asked for."""
+    for share in (share for share in (fraction, 0.25, 0.35) if share >= fraction):
+        try:
+            return hold_out(units, share, rng, leave=1, sides=sides)
+        except DataError:
+            continue
+    return hold_out(units, max(fraction, 0.5), rng, leave=1, sides=sides)
 
 
 def write_folds(out: Path | str, folds: Folds) -> Path:
