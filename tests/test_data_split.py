@@ -166,9 +166,9 @@ def test_make_split__groups_that_cannot_be_divided():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "standard"}, "--preset standard: comes in a later version; use quick"),
-        ({"preset": "full"}, "--preset full: comes in a later version; use quick"),
-        ({"preset": "fast"}, "--preset fast: unknown; use quick"),
+        ({"preset": "standard"}, "--preset standard: is no hold-out; `make_folds` deals its folds, or use quick"),
+        ({"preset": "full"}, "--preset full: is no hold-out"),
+        ({"preset": "fast"}, "--preset fast: unknown; use quick, standard or full"),
         ({"seed": -1}, "--seed -1"),
         ({"test_fraction": 0}, "test_fraction 0"),
         ({"val_fraction": 1.0}, "val_fraction 1.0"),

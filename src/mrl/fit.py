@@ -13,10 +13,11 @@ from torch import nn
 from mrl.checkpoint import drop_checkpoint, drop_leftovers
 from mrl.data.loading import ImageSet
 from mrl.fit_config import FitConfig, FitResult
+from mrl.fit_fixed import FixedLoop, stop_of
 from mrl.fit_loop import BEST, CHECKPOINT, METRICS, RESULT, START, Loop, check_same
 from mrl.run import plain, read_json
 
-__all__ = ["FitConfig", "FitResult", "fit"]
+__all__ = ["FitConfig", "FitResult", "fit", "refit"]
 
 
 def fit(
@@ -31,6 +32,7 @@ def fit(
     metric: str = "accuracy",
     resume: bool = True,
     meta: Mapping[str, Any] | None = None,
+    features: Path | str | None = None,
 ) -> FitResult:
     """Fine-tunes a classifier from its linear probe on; the model holds the best weights afterwards, in eval mode.
 
@@ -51,6 +53,7 @@ def fit(
         metric: what the candidates are compared by.
         resume: continue an unfinished fit, return a finished one; off starts again.
         meta: plain data to put into `fit.json`, such as the protocol's hash.
+        features: file that keeps the features of the starting head, for `refit`; None keeps none.
 
     Raises:
         ConfigError: a damaged checkpoint, one of another fit, or a loss that is not finite; with what to do.
@@ -68,14 +71,74 @@ def fit(
     if (out / RESULT).is_file():
         return _finished(model, out, identity)
     with torch.random.fork_rng():
-        loop = Loop(model, train, val, config, out, identity)
-        try:
-            loop.begin()
-            loop.run()
-            result = loop.finish(dict(meta or {}))
-        finally:
-            loop.close()
-    return result
+        loop = Loop(model, train, val, config, out, identity, None if features is None else Path(features))
+        return _through(loop, meta)
+
+
+def refit(
+    model: nn.Module,
+    train: ImageSet,
+    chosen: FitResult,
+    config: FitConfig,
+    out: Path | str,
+    *,
+    meta: Mapping[str, Any] | None = None,
+    features: Path | str | None = None,
+) -> FitResult:
+    """Fits once more on the whole training side, up to the candidate that `fit` chose on an inner part of it.
+
+    Nothing is chosen any more: the starting head has the L2 strength that won, the schedule is that of `config` on these
+    images, and it stops at the same share of the schedule at which the chosen candidate stood (0 keeps the starting
+    head). There is no validation side; the averaged weights at that update are the result.
+
+    Args:
+        model: the same start as the inner fit had, trained in place.
+        train: the whole training side: inner training and inner validation images.
+        chosen: what `fit` gave.
+        config: the same budget.
+        out: folder of the fit: `fit.json`, `metrics.jsonl`, `best.safetensors`, `start.safetensors`.
+        meta: plain data to put into `fit.json`.
+        features: the file that the inner fit kept its features in; those that it lacks are computed.
+
+    Returns:
+        The record: effort counts both fits; scores and candidates are the inner fit's.
+
+    Raises:
+        ConfigError: a checkpoint of another fit, or a loss that is not finite.
+
+    Example:
+        >>> stop_of(60, 1785, FitConfig(), 2100)  # of 120 planned updates there, of 132 here
+        66
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    drop_leftovers(out)
+    identity = plain(
+        {
+            "arm": chosen.arm,
+            "seed": chosen.seed,
+            "metric": chosen.metric,
+            "config": vars(config),
+            "n": [len(train), 0],
+            "stop": stop_of(chosen.best_update, chosen.n_train, config, len(train)),
+            "strength": chosen.probe_strength,
+        }
+    )
+    if (out / RESULT).is_file():
+        return _finished(model, out, {k: v for k, v in identity.items() if k not in ("stop", "strength")})
+    with torch.random.fork_rng():
+        loop = FixedLoop(model, train, chosen, config, out, identity, None if features is None else Path(features))
+        return _through(loop, meta)
+
+
+def _through(loop: Loop, meta: Mapping[str, Any] | None) -> FitResult:
+    """Runs a loop from its start, or from its checkpoint, to its record."""
+    try:
+        loop.begin()
+        loop.run()
+        return loop.finish(dict(meta or {}))
+    finally:
+        loop.close()
 
 
 def _finished(model: nn.Module, out: Path, identity: Mapping[str, Any]) -> FitResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,7 @@ class FitResult:
         stopped_early: by `patience`.
         updates_to_95: first validated update that reached 95 % of the best score; 0 where the starting head did.
         warnings: sentences for the report.
+        probe_strength: L2 strength of the starting head; None where there is none.
         meta: plain data of the caller, such as the protocol's hash.
     """
 
@@ -160,6 +162,7 @@ class FitResult:
     stopped_early: bool
     updates_to_95: int | None
     warnings: list[str] = field(default_factory=list)
+    probe_strength: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,3 +176,13 @@ class FitResult:
         names = {f.name for f in dataclasses.fields(cls)} - {"meta"}
         meta = {k: v for k, v in data.items() if k not in names | {"schema"}}
         return cls(**{k: v for k, v in data.items() if k in names}, meta=meta)
+
+
+def planned_updates(config: FitConfig, n_train: int) -> int:
+    """The updates that a fit plans on so many training images: of its epochs, and no fewer than `min_updates`.
+
+    Example:
+        >>> planned_updates(FitConfig(epochs=2, batch_size=32, min_updates=10), 320)
+        20
+    """
+    return max(config.min_updates, math.ceil(config.epochs * math.ceil(n_train / config.batch_size)))

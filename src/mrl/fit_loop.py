@@ -20,7 +20,8 @@ from mrl.checkpoint import drop_checkpoint, load_checkpoint, load_optimizer, opt
 from mrl.data.loading import ImageSet, collate, make_loader
 from mrl.data.transforms import Augment, make_augment
 from mrl.errors import ConfigError
-from mrl.fit_config import FitConfig, FitResult
+from mrl.features import add_features, read_features
+from mrl.fit_config import FitConfig, FitResult, planned_updates
 from mrl.mixing import mix_batch
 from mrl.optimizer import cosine, freeze_, parameter_groups, pick_precision, train_mode_
 from mrl.run import environment, plain, progress, say, write_json, writing
@@ -41,12 +42,20 @@ class Loop:
         config: the budget and the recipe.
         out: folder of the arm.
         identity: arm, seed, metric, configuration and numbers of images: what a checkpoint must agree with.
+        features: file that keeps the features of the starting head for another fit of the same network, or None.
     """
 
     def __init__(
-        self, model: nn.Module, train: ImageSet, val: ImageSet, config: FitConfig, out: Path, identity: dict[str, Any]
+        self,
+        model: nn.Module,
+        train: ImageSet,
+        val: ImageSet | None,
+        config: FitConfig,
+        out: Path,
+        identity: dict[str, Any],
+        features: Path | None = None,
     ) -> None:
-        self.model, self.config, self.out, self.identity = model, config, out, identity
+        self.model, self.config, self.out, self.identity, self.features = model, config, out, identity, features
         self.arm, self.seed = identity["arm"], identity["seed"]
         self.accelerator = _accelerator(config.precision)
         self.device = self.accelerator.device
@@ -67,7 +76,7 @@ class Loop:
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, lr=config.lr))
         self.network = self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
         self.per_epoch = math.ceil(len(train) / config.batch_size)
-        self.updates = max(config.min_updates, math.ceil(config.epochs * self.per_epoch))
+        self.updates = planned_updates(config, len(train))
         rates = {"min_lr": config.min_lr * config.lr, "warmup_lr": config.warmup_lr * config.lr}
         self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, cooldown=config.cooldown, **rates)
         self.mixes = bool(config.mixup or config.cutmix)
@@ -76,6 +85,7 @@ class Loop:
         self.candidates: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.waited = 0
+        self.probe_strength: float | None = None
         self.seen: dict[str, list[Tensor]] = {"logits": [], "label": [], "weight": []}
 
     def begin(self) -> None:
@@ -90,16 +100,30 @@ class Loop:
         if self.ema is not None:
             self.ema.set(self.model)
         with writing(self.out / START) as part:
-            save_file(_snapshot(self.model), part)
+            save_file(snapshot(self.model), part)
         self._validate(train_score)
 
     def _probe(self) -> float:
         """Sets the head to the linear probe of the untouched network; returns its score on the training side."""
         say(f"{self.arm}: features of {len(self.plain_train)} images for the starting head")
-        sides = [self._collect(side, self.model.features, "features") for side in (self.plain_train, self.val)]
+        sides = [self._features(side) for side in (self.plain_train, self.val)]
         probe = self.task.start(self.model, *sides)
+        self.probe_strength = probe.strength
         train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
         return self.task.score(train_logits, sides[0])[0]
+
+    def _features(self, side: ImageSet) -> dict[str, Tensor]:
+        """The untouched network's features of a side, from the file that keeps them where it has them all."""
+        names = [sample.image for sample in side.samples]
+        precision = str(self.accelerator.mixed_precision)
+        kept = None if self.features is None else read_features(self.features, names, precision)
+        if kept is not None:
+            weights = torch.tensor([sample.weight for sample in side.samples], dtype=torch.float32)
+            return {"features": kept, "label": torch.tensor(side.labels, dtype=torch.int64), "weight": weights}
+        found = self._collect(side, self.model.features, "features")
+        if self.features is not None:
+            add_features(self.features, names, found["features"], precision)
+        return found
 
     def run(self) -> None:
         """The updates that are left; a validation every so many, a checkpoint after each and every half minute."""
@@ -207,7 +231,7 @@ class Loop:
         self.candidates.append({"update": self.update, "val_score": score, "val_loss": loss})
         self.waited = 0 if gain else self.waited + 1
         if gain:
-            self.best = _snapshot(model)
+            self.best = snapshot(model)
         self.seen = {k: [] for k in self.seen}
         number = len(self.candidates) - 1
         self._log("validation", val_loss=loss, val_score=score, train_score=train_score, candidate=number, best=gain)
@@ -261,6 +285,7 @@ class Loop:
             "update": self.update,
             "candidates": self.candidates,
             "waited": self.waited,
+            "probe_strength": self.probe_strength,
             "seconds": self._clock(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -274,10 +299,10 @@ class Loop:
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, tensors.get("optimizer", {}))
-        self.best = tensors["best"]
+        self.best = tensors.get("best", {})
         self.seen = {k: [tensors["seen"][k]] if "seen" in tensors else [] for k in self.seen}
         self.update, self.candidates, self.waited = state["update"], state["candidates"], state["waited"]
-        self.seconds = state["seconds"]
+        self.seconds, self.probe_strength = state["seconds"], state.get("probe_strength")
         truncate(self.out / METRICS, self.update)
 
     def _result(self, meta: dict[str, Any]) -> FitResult:
@@ -319,6 +344,7 @@ class Loop:
             stopped_early=self.stopped_early,
             updates_to_95=next(reached, None),
             warnings=warnings,
+            probe_strength=self.probe_strength,
             meta=meta,
         )
 
@@ -343,7 +369,8 @@ def _with_augment(images: ImageSet, augment: Augment | None, seed: int) -> Image
     return ImageSet(images.samples, images.classes, images.preprocess, augment, seed, cache=images.cache)
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's tensors on the CPU."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
 
 

@@ -48,6 +48,8 @@ class Protocol:
         latency: backend, batch and image size that decide on cost.
         decision: the rule in words and `max_slowdown`.
         mde: the minimum detectable effect of this many test images.
+        folds: of repeated k-fold: k, repeats, n_frozen (images of the frozen test set) and the primary test; empty for one
+            hold-out, and then not a part of the file or of its hash.
         task: what is learned.
         schema: version of this file's layout.
 
@@ -80,12 +82,14 @@ class Protocol:
     latency: dict[str, Any] = field(default_factory=lambda: {"backend": "onnxruntime", "batch": 1})
     decision: dict[str, Any] = field(default_factory=lambda: {"rule": RULE, "max_slowdown": 1.0})
     mde: dict[str, Any] = field(default_factory=dict)
+    folds: dict[str, Any] = field(default_factory=dict)
     task: str = "classification"
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, without the hash."""
-        return plain(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        return plain({k: v for k, v in fields.items() if k != "folds" or v})
 
     def sha256(self) -> str:
         """The hash of the fields, independent of their order."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mrl.compare import compare
+from mrl.compare_folds import compare_folds
 from mrl.data import ImageSet, Preprocess, header_of, load_source
 from mrl.decision import decision_of
 from mrl.deploy.formats import check_choice
@@ -34,7 +35,14 @@ def evaluate_step(space: Workspace, *, overwrite: bool = False) -> None:
     found, parts = [], {}
     for arm in space.protocol.arms:
         say(f"predicting {len(images)} test images with {arm}")
-        predictions, parts[arm] = evaluate_arm(space.fitted(arm), space.arm(arm), images, metric=space.protocol.metric)
+        predictions, parts[arm] = evaluate_arm(
+            space.fitted(arm),
+            space.arm(arm),
+            images,
+            metric=space.protocol.metric,
+            repeat=space.repeat,
+            fold=space.fold,
+        )
         found.append(predictions)
         for warning in parts[arm]["warnings"]:
             say(warning)
@@ -44,17 +52,22 @@ def evaluate_step(space: Workspace, *, overwrite: bool = False) -> None:
 
 def compare_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]:
     """Compares the stored predictions; writes `comparison.json`."""
-    found = compare(space.out, overwrite=overwrite)
+    found = (compare_folds if space.protocol.folds else compare)(space.out, overwrite=overwrite)
     for arm, score in found["arms"].items():
         say(f"{arm}: {space.protocol.metric} {_percent(score)}")
     difference = found["difference"]
-    points = ", ".join(f"{100 * difference[k]:+.1f}" for k in ("low", "high"))
-    say(f"mrl - baseline: {100 * difference['estimate']:+.1f} points ({points}): {found['verdict']}")
+    ends = [difference[k] for k in ("low", "high")]
+    points = "no interval" if None in ends else ", ".join(f"{100 * end:+.1f}" for end in ends)
+    how = f" ({found['folds']['n_fits']} fits an arm, {found['method']})" if found.get("folds") else ""
+    say(f"mrl - baseline: {100 * difference['estimate']:+.1f} points ({points}): {found['verdict']}{how}")
     return found
 
 
 def _percent(score: dict[str, Any]) -> str:
-    return f"{100 * score['estimate']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f}), n = {score['n']}"
+    ends = "no interval"
+    if score["low"] is not None and score["high"] is not None:
+        ends = f"{100 * score['low']:.1f} to {100 * score['high']:.1f}"
+    return f"{100 * score['estimate']:.1f} % ({ends}), n = {score['n']}"
 
 
 def measure_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]:

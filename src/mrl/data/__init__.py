@@ -1,6 +1,7 @@
 """Folders on disk -> checked, split batches."""
 
 from mrl.data.audit import Audit, BadImage, audit_source, changed_files, load_audit
+from mrl.data.folds import Folds, make_folds, read_folds, split_of, write_folds
 from mrl.data.images import header_of, read_image
 from mrl.data.loading import ImageCache, ImageSet, make_loader
 from mrl.data.records import ImageRecord
@@ -13,6 +14,7 @@ __all__ = [
     "Audit",
     "Augment",
     "BadImage",
+    "Folds",
     "ImageCache",
     "ImageRecord",
     "ImageSet",
@@ -28,10 +30,14 @@ __all__ = [
     "load_audit",
     "load_source",
     "make_augment",
+    "make_folds",
     "make_loader",
     "make_split",
+    "read_folds",
     "read_image",
     "read_split",
+    "split_of",
     "split_units",
+    "write_folds",
     "write_split",
 ]

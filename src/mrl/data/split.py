@@ -15,6 +15,7 @@ from mrl.errors import ConfigError, DataError
 from mrl.run import read_csv, write_csv
 
 SIDES = ("train", "val", "test")
+PRESETS = ("quick", "standard", "full")
 HEADER = ("image", "label", "group", "sha256", "split")
 
 
@@ -80,7 +81,9 @@ def make_split(
         [(('crack', 'test'), 2), (('crack', 'train'), 5), (('crack', 'val'), 1),
          (('good', 'test'), 2), (('good', 'train'), 5), (('good', 'val'), 1)]
     """
-    _check_options(preset, seed, test_fraction=test_fraction, val_fraction=val_fraction)
+    check_options(preset, seed, test_fraction=test_fraction, val_fraction=val_fraction)
+    if preset != "quick":
+        raise ConfigError(f"--preset {preset}: is no hold-out; `make_folds` deals its folds, or use quick.")
     sides = _draw_sides(audit, np.random.default_rng([seed, 0x5F117]), group_near, test_fraction, val_fraction)
     rows = [
         SplitRow(s.image, s.label, s.group or "", audit.sha256[s.image], sides.get(s.image, "train"))
@@ -195,11 +198,10 @@ def read_split(path: Path | str) -> list[SplitRow]:
     return rows
 
 
-def _check_options(preset: str, seed: int, **fractions: float) -> None:
-    if preset in ("standard", "full"):
-        raise ConfigError(f"--preset {preset}: comes in a later version; use quick (one hold-out).")
-    if preset != "quick":
-        raise ConfigError(f"--preset {preset}: unknown; use quick (one hold-out).")
+def check_options(preset: str, seed: int, **fractions: float) -> None:
+    """Raises ConfigError for an unknown preset, a fraction outside (0, 1) or a seed that is none."""
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset}: unknown; use quick, standard or full.")
     for name, value in fractions.items():
         if not 0 < value < 1:
             raise ConfigError(f"{name} {value}: must be above 0 and below 1, such as 0.25.")
@@ -210,7 +212,7 @@ def _check_options(preset: str, seed: int, **fractions: float) -> None:
 def _draw_sides(audit: Audit, rng: np.random.Generator, group_near: bool, test: float, val: float) -> dict[str, str]:
     """The side of each image that is not for training."""
     sides = {s.image: "test" for s in audit.kept if s.side == "test"}
-    units = _units(audit, group_near)
+    units = units_of(audit, group_near)
     for unit in units:
         held = [image for image in unit.images if image in sides]
         if 0 < len(held) < len(unit.images):
@@ -229,11 +231,25 @@ def _draw_sides(audit: Audit, rng: np.random.Generator, group_near: bool, test: 
     return sides
 
 
-def _units(audit: Audit, group_near: bool) -> list[Unit]:
-    classes = {label: i for i, label in enumerate(sorted(audit.class_counts))}
-    label = {s.image: s.label for s in audit.kept}
+def units_of(audit: Audit, group_near: bool = False) -> list[Unit]:
+    """The units of an audit (see `split_units`), with how many images of each class they have."""
+    return as_units(split_units(audit, group_near=group_near), {s.image: s.label for s in audit.kept})
+
+
+def as_units(unit: Mapping[str, str], label: Mapping[str, str]) -> list[Unit]:
+    """Images with the same unit as one `Unit` each.
+
+    Args:
+        unit: image -> its unit.
+        label: image -> its class.
+
+    Example:
+        >>> [u.counts for u in as_units({"a": "1", "b": "1", "c": "2"}, {"a": "x", "b": "y", "c": "y"})]
+        [(1, 1), (0, 1)]
+    """
+    classes = {name: i for i, name in enumerate(sorted({label[image] for image in unit}))}
     units = []
-    for images in _together(split_units(audit, group_near=group_near)):
+    for images in _together(unit):
         counts = [0] * len(classes)
         for image in images:
             counts[classes[label[image]]] += 1

@@ -26,6 +26,7 @@ _FIT = (
     "trainable_params_m",
     "precision",
     "device",
+    "n_fits",
 )
 
 
@@ -47,6 +48,11 @@ class RunFiles:
     export: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     missing: tuple[str, ...] = ()
+
+    @property
+    def home(self) -> str:
+        """The folder inside the run where the arms lie that are measured and exported; "" is the run itself."""
+        return home_of(self.protocol)
 
     def decisive(self) -> Mapping[str, Any]:
         """The row of `measure.json` that the decision rests on, or an empty one."""
@@ -76,17 +82,16 @@ def read_run(out: str | Path) -> RunFiles:
     for name, verb in needed.items():
         if not (out / name).is_file():
             raise ConfigError(f"{out / name}: not found, and the report needs it; run `{verb} --out {out}` first.")
-    fits = {arm: _optional(out / "arms" / arm / "fit.json") for arm in ARMS}
-    curves = {arm: _lines(out / "arms" / arm / "metrics.jsonl") for arm in ARMS}
+    text = (out / "protocol.yaml").read_text(encoding="utf-8")
+    protocol = _yaml(text, out / "protocol.yaml")
+    fits, curves, lacking = _fits(out, protocol)
     others = {name: _optional(out / f"{name}.json") for name in ("plan", "calibration", "export", "evaluation")}
     missing = [f"{name}.json" for name, value in others.items() if value is None]
-    missing += [f"arms/{arm}/fit.json" for arm, value in fits.items() if value is None]
-    missing += [f"arms/{arm}/metrics.jsonl" for arm, value in curves.items() if not value]
+    missing += lacking
     missing += [name for name in ("predictions.csv",) if not (out / name).is_file()]
-    text = (out / "protocol.yaml").read_text(encoding="utf-8")
     return RunFiles(
         out=out,
-        protocol=_yaml(text, out / "protocol.yaml"),
+        protocol=protocol,
         protocol_text=text,
         audit=read_json(out / "audit.json"),
         split=read_csv(out / "split.csv"),
@@ -97,6 +102,35 @@ def read_run(out: str | Path) -> RunFiles:
         missing=tuple(missing),
         **others,
     )
+
+
+def home_of(protocol: Mapping[str, Any]) -> str:
+    """Where in a run the arms lie that are measured and exported, with a slash at the end; "" is the run itself.
+
+    Example:
+        >>> home_of({}), home_of({"folds": {"k": 5, "repeats": 2, "n_frozen": 0}})
+        ('', 'folds/r0f0/')
+    """
+    folds = protocol.get("folds")
+    if not folds:
+        return ""
+    return "folds/last/" if folds.get("n_frozen") else "folds/r0f0/"
+
+
+def _fits(out: Path, protocol: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The record and the curve of each arm's fit, or of all its fits and of one of them; and which files are not there."""
+    home, missing = home_of(protocol), []
+    if home:
+        together = (_optional(out / "fits.json") or {}).get("arms") or {}
+        fits: dict[str, Any] = {arm: together.get(arm) for arm in ARMS}
+        missing += ["fits.json"] if None in fits.values() else []
+        inner = "inner/"
+    else:
+        fits, inner = {arm: _optional(out / "arms" / arm / "fit.json") for arm in ARMS}, ""
+        missing += [f"arms/{arm}/fit.json" for arm, value in fits.items() if value is None]
+    curves = {arm: _lines(out / f"{home}arms/{arm}/{inner}metrics.jsonl") for arm in ARMS}
+    missing += [f"arms/{arm}/metrics.jsonl" for arm, value in curves.items() if not value]
+    return fits, curves, missing
 
 
 def collect_report(out: str | Path) -> dict[str, Any]:
@@ -148,6 +182,7 @@ def assemble(run: RunFiles) -> dict[str, Any]:
             "mde": run.protocol.get("mde"),
             "more_images": comparison.get("more_images"),
             "disagreement": comparison.get("disagreement"),
+            **{key: comparison[key] for key in ("folds", "test", "bayes", "frozen") if comparison.get(key)},
             "calibration": _calibration(run),
             "skipped": list(run.audit.get("skipped") or []),
             "bad_files": list(run.audit.get("bad") or []),

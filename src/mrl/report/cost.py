@@ -180,6 +180,8 @@ def training(view: View) -> Section:
         [words("training.precision"), *(str(arm["precision"] or words("missing")) for arm in arms)],
         [words("training.device"), *(str(arm["device"] or words("missing")) for arm in arms)],
     ]
+    if any(known(arm["n_fits"]) for arm in arms):
+        rows.insert(0, [words("folds.fits"), *(words.count(arm["n_fits"]) for arm in arms)])
     if known(calibration.get("updates")):
         say = words("training.say", updates=words.count(calibration["updates"]), time=words.duration(seconds))
     else:
@@ -273,6 +275,10 @@ def _calibration(view: View) -> list[Part]:
     head = [words(f"plan.{key}") for key in ("stage", "updates", "time", "before", "after", "accepted")]
     foot = words("plan.images", n=words.count(found.get("n_images")))
     parts = [table(words("plan.calibration"), head, rows, foot=foot), text(words("plan.error_note"))]
+    if known(found.get("n_calibrations")):
+        most = (found.get("config") or {}).get("max_images")
+        told = {"n": words.count(found["n_calibrations"]), "images": words.count(most)}
+        parts.insert(1, text(words("folds.calibration", **told)))
     if found.get("restored"):
         parts.append(note(words("plan.restored", names=words.listed(list(found["restored"]), 20))))
     return parts

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from mrl.report import folds
 from mrl.report.figures import Guides, Span, intervals
 from mrl.report.next_step import steps
 from mrl.report.parts import Cell, View, machine, table
@@ -88,7 +89,12 @@ def _scores(view: View) -> dict[str, Any]:
     return {
         "key": "score",
         "title": words("front.score"),
-        "note": words("front.score_note", metric=view.metric, n=words.count(view.arm("mrl")["n"])),
+        "note": words(
+            "front.score_note_folds" if folds.told(view) else "front.score_note",
+            metric=view.metric,
+            n=words.count(view.arm("mrl")["n"]),
+            **folds.told(view),
+        ),
         "values": values,
         "svg": intervals(
             spans,
@@ -110,7 +116,13 @@ def _difference(view: View) -> dict[str, Any]:
     return {
         "key": "difference",
         "title": words("front.difference"),
-        "note": words("front.difference_note", metric=view.metric, margin=view.margin),
+        "note": words(
+            "front.difference_note_folds" if folds.told(view) else "front.difference_note",
+            metric=view.metric,
+            margin=view.margin,
+            method=words.get(f"method.{found.get('method')}", str(found.get("method") or "")),
+            **folds.told(view),
+        ),
         "values": [{"arm": "", "label": "", "value": value, "sub": f"{level} {interval}"}],
         "verdict": words(f"quality.{verdict}"),
         "means": words(f"quality.{verdict}_means", margin=view.margin),
@@ -166,7 +178,8 @@ def rarest(view: View) -> tuple[str, int] | None:
 def _can(view: View) -> list[str]:
     words, found = view.words, rarest(view)
     n = words.count(view.arm("mrl")["n"])
-    return [words("front.images", n=n, name=found[0], k=words.count(found[1]))] if found else []
+    numbers = {**folds.told(view), "n": n, "name": found[0], "k": words.count(found[1])} if found else {}
+    return [words("front.images_folds" if folds.told(view) else "front.images", **numbers)] if found else []
 
 
 def _mde(view: View) -> dict[str, Any] | None:
@@ -174,11 +187,15 @@ def _mde(view: View) -> dict[str, Any] | None:
     by = {float(share): value for share, value in (mde.get("by_disagreement") or {}).items()}
     if not by:
         return None
-    cells = [
-        (words.percent(share, 0), words.number(value * 100, 1) if known(value) else words("missing"))
-        for share, value in sorted(by.items())
-    ]
+    cells = [(words.percent(share, 0), _detectable(view, share, value)) for share, value in sorted(by.items())]
     return {"say": words("front.mde", power=words.percent(mde.get("power"), 0)), "cells": cells}
+
+
+def _detectable(view: View, share: float, value: Any) -> str:
+    """A detectable difference in points; none where folds could not even show that all disagreements go one way."""
+    if folds.told(view) and known(value) and value > share:
+        return view.words("none")
+    return view.words.number(value * 100, 1) if known(value) else view.words("missing")
 
 
 def _observed(view: View) -> list[str]:
@@ -191,12 +208,15 @@ def _observed(view: View) -> list[str]:
         if nearest is not None and known(by[nearest]):
             key = "front.mde_over" if by[nearest] > data["margin"] else "front.mde_under"
             said.append(words(key, margin=view.margin))
-    return said
+    return [*said, *folds.observed(view)]
 
 
 def _cannot(view: View) -> list[str]:
     words, seeds = view.words, view.run.protocol.get("seeds") or [0]
     runs = words("front.one_run", seed=seeds[0]) if len(seeds) == 1 else words("front.more_runs", n=len(seeds))
+    if folds.told(view):
+        key = "front.last_run" if view.run.comparison.get("frozen") else "front.fold_runs"
+        runs = words(key, **folds.told(view))
     where = words("front.other_machine", machine=machine(view.data["environment"]))
     return [words("front.other_data"), runs, where]
 

@@ -17,7 +17,7 @@ def steps(view: View) -> list[tuple[str, str]]:
 def _exported(view: View, key: str, arm: str) -> str:
     words, export = view.words, view.run.export or {}
     if export.get("arm") != arm:
-        return words(f"next.{key}_no_file")
+        return words(f"next.{key}_no_file", home=view.home)
     n = words.count((export.get("parity") or {}).get("n_images"))
     return words(f"next.{key}_text", file=export.get("file", "model.onnx"), arm=words.arm(arm), n=n)
 
@@ -28,7 +28,7 @@ def _go(view: View) -> list[tuple[str, str]]:
     return [
         (words("next.go_shadow"), _exported(view, "go_shadow", "mrl")),
         (words("next.go_pilot"), words("next.go_pilot_text", share=share, section=view.number("disagree"))),
-        (words("next.go_rollback"), words("next.go_rollback_text", low=low)),
+        (words("next.go_rollback"), words("next.go_rollback_text", low=low, home=view.home)),
     ]
 
 

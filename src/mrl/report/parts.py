@@ -42,6 +42,11 @@ class View:
         """An arm's numbers as in `report.json`."""
         return self.data["arms"][arm]
 
+    @property
+    def home(self) -> str:
+        """The folder inside the run where the arms lie that are measured and exported; "" is the run itself."""
+        return self.run.home
+
     def number(self, section: str) -> int:
         """The number of a section in the page."""
         return SECTIONS.index(section) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrl.report import folds
 from mrl.report.collect import ARMS
 from mrl.report.figures import Curve, Guides, Span, curves, heat, intervals
 from mrl.report.parts import Cell, Part, Section, View, figure, folded, name, note, side_by_side, table, text
@@ -44,12 +45,17 @@ def scores(view: View) -> Section:
         said = [words("scores.say_over" if all(known(p) for p in probes.values()) else "scores.say_unknown")]
     say, parts = said[0], [note(line) for line in said[1:]]
     parts += [
-        table(words("scores.caption", level=view.level), head, rows, width="medium"),
+        table(_scores_caption(view), head, rows, width="medium"),
         text(words("scores.probe_note")),
     ]
     if "evaluation.json" in view.data["missing"] and not any(known(p) for p in probes.values()):
         parts.append(view.absent("evaluation.json"))
     return Section("scores", say, parts)
+
+
+def _scores_caption(view: View) -> str:
+    key = "folds.scores_caption" if folds.told(view) else "scores.caption"
+    return view.words(key, level=view.level, **folds.told(view))
 
 
 def _score(view: View, arm: str, metric: str) -> Cell:
@@ -153,6 +159,7 @@ def confusion(view: View) -> Section:
     parts = [
         side_by_side(*(_confusion(view, arm, *matrices[arm]) for arm in ARMS if matrices[arm][0])),
         text(words("confusion.how")),
+        *folds.one_repeat(view),
     ]
     if classes > LARGE_MATRIX:
         parts = []
@@ -235,7 +242,12 @@ def recall(view: View) -> Section:
     ]
     data = table("", [words("audit.class"), words("audit.images"), *(words.arm(arm) for arm in ARMS)], rows)
     foot = words("recall.shown", n=len(shown)) if len(shown) < len(classes) else ""
-    parts = [Part("legend"), figure(svg, level, more=data, foot=foot), text(words("recall.how"))]
+    parts = [
+        Part("legend"),
+        figure(svg, level, more=data, foot=foot),
+        text(words("recall.how")),
+        *folds.one_repeat(view),
+    ]
     return Section("recall", say, parts)
 
 
@@ -297,7 +309,11 @@ def disagree(view: View) -> Section:
                 ],
             }
         )
-    parts = [text(words("disagree.shown", n=words.count(len(shown)))), Part("thumbs", {"items": items})]
+    parts = [
+        text(words("disagree.shown", n=words.count(len(shown)))),
+        *folds.one_repeat(view),
+        Part("thumbs", {"items": items}),
+    ]
     if view.run.audit.get("terms"):
         parts.append(text(words("disagree.terms", terms=view.run.audit["terms"])))
     return Section("disagree", say, parts)
@@ -341,7 +357,9 @@ def statistics(view: View) -> Section:
     counted = words("statistics.flips_result", **{key: words.count(len(items)) for key, items in lists.items()})
     rows.append([words("statistics.flips"), counted, "", words("statistics.flips_read")])
     head = [words(f"statistics.{key}") for key in ("test", "result", "interval", "read")]
-    parts = [text(words("statistics.note")), table(words("statistics.caption"), head, rows, "llrl")]
+    parts = folds.primary(view) if folds.told(view) else []
+    parts.append(text(words("folds.note" if folds.told(view) else "statistics.note")))
+    parts.append(table(words("statistics.caption"), head, rows, "llrl"))
     for key, items in lists.items():
         if items:
             parts.append(

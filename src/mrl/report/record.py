@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrl.report import folds
 from mrl.report.figures import share
 from mrl.report.parts import Cell, Part, Section, View, capped, folded, machine, name, note, side_by_side, table, text
 from mrl.report.reasons import said_cell, warnings
@@ -148,6 +149,8 @@ def _same(view: View) -> list[Part]:
 
 def split(view: View) -> Section:
     """Who trains, who chooses, who tests."""
+    if folds.told(view):
+        return folds.split(view)
     words = view.words
     counts = Counter((row["label"], row["split"]) for row in view.run.split)
     sides = Counter(row["split"] for row in view.run.split)

@@ -17,6 +17,7 @@ from mrl.stats.hypotheses import (
     sign_flip,
 )
 from mrl.stats.intervals import DeLong, Interval, combine, delong, newcombe_paired, wilson
+from mrl.stats.repeated import CorrelatedT, correlated_t, detectable_by_folds, holm_levels
 from mrl.stats.verdict import (
     Reason,
     decide,
@@ -29,6 +30,7 @@ from mrl.stats.verdict import (
 
 __all__ = [
     "CorrectedT",
+    "CorrelatedT",
     "DeLong",
     "Interval",
     "McNemar",
@@ -38,9 +40,12 @@ __all__ = [
     "bca",
     "bca_interval",
     "combine",
+    "correlated_t",
     "decide",
     "delong",
+    "detectable_by_folds",
     "holm",
+    "holm_levels",
     "latency_verdict",
     "mcnemar_exact",
     "minimum_detectable_effect",

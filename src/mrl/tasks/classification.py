@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mrl.errors import ConfigError
-from mrl.probe import Probe, linear_probe
+from mrl.probe import STRENGTHS, Probe, linear_probe
 from mrl.scores import accuracy, auroc, balanced_accuracy, macro_f1
 
 _OF_ANSWERS = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
@@ -92,13 +92,20 @@ class Classification:
         plain = dataclasses.replace(self, label_smoothing=0.0)
         return (-math.inf if math.isnan(value) else value), float(plain.loss(logits, batch))
 
-    def start(self, model: nn.Module, train: Mapping[str, Tensor], val: Mapping[str, Tensor]) -> Probe:
+    def start(
+        self,
+        model: nn.Module,
+        train: Mapping[str, Tensor],
+        val: Mapping[str, Tensor],
+        strengths: tuple[float, ...] = STRENGTHS,
+    ) -> Probe:
         """Sets the model's head to the linear probe on its features, and returns the probe.
 
         Args:
             model: has `set_head(weight, bias)`.
             train: "features" (N, F), "label" and "weight" (N,) of the inner training side.
             val: the same of the inner validation side, which chooses the L2 strength.
+            strengths: among these; one that was chosen before leaves no choice.
         """
         probe = linear_probe(
             train["features"],
@@ -108,6 +115,7 @@ class Classification:
             num_classes=self.num_classes,
             weights_train=self.weights(train),
             weights_val=self.weights(val),
+            strengths=strengths,
         )
         model.set_head(probe.weight, probe.bias)
         return probe

