@@ -34,8 +34,10 @@ LEVELS = [
     ["workspace"],
     ["measure_page"],
     ["steps", "results"],
+    ["tuning"],
+    ["tune"],
     ["poc"],
-    ["deploy_commands"],
+    ["deploy_commands", "tune_commands"],
     ["commands"],
     ["cli"],
     ["__main__"],
@@ -77,7 +79,7 @@ def test_size__files_stay_readable(path):
 def test_import__is_quick_and_quiet():
     code = (
         "import time, sys; import timm; t = time.perf_counter(); import mrl; print(time.perf_counter() - t);"
-        "heavy = {'onnxruntime', 'plotly', 'pandas', 'sklearn', 'accelerate', 'onnx', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'onnxruntime', 'optuna', 'plotly', 'pandas', 'sklearn', 'accelerate', 'onnx', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 3

@@ -17,7 +17,7 @@ from mrl.workspace import ARMS, Workspace
 
 OWN_FILES = (
     "audit.json", "protocol.yaml", "split.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
-    "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html",
+    "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html", "tune",
 )  # fmt: skip
 
 
