@@ -47,8 +47,8 @@ def cluster():
         subprocess.run(list(map(str, init)), check=True, stderr=subprocess.PIPE, **quiet)
         port = free_port()
         words = [place / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", port, "-k", "", "-F"]
-        log = (folder / "log").open("w")
-        server = subprocess.Popen(list(map(str, words)), stderr=log, **quiet)
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(list(map(str, words)), stderr=log, **quiet)
         _wait(server, port, folder / "log")
         yield f"postgresql://mrl@127.0.0.1:{port}/postgres"
     finally:

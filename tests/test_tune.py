@@ -137,10 +137,10 @@ def test_distinct__never_repeats_and_covers_a_finite_space(engine):
     space = {
         "a": IntDistribution(0, 3),
         "b": CategoricalDistribution(["x", "y", "z"]),
-        "c": FloatDistribution(0, 1, step=0.5),
+        "c": FloatDistribution(0, 1, step=1.0),
     }
-    params = tried(Distinct(space, 0, engine), 36)
-    assert len({key_of(p) for p in params}) == 36
+    params = tried(Distinct(space, 0, engine), 24)
+    assert len({key_of(p) for p in params}) == 24
 
 
 def test_distinct__starts_balanced():
@@ -275,7 +275,7 @@ def start(folder, storage, *, trials, pause, name=0):
     return worker
 
 
-def wait(condition, *workers, seconds=240):
+def wait(condition, *workers, seconds=900):
     end = time.monotonic() + seconds
     while not condition():
         for worker in workers:
@@ -392,14 +392,18 @@ def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
 
     out, _ = tuned
     side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
-    ours = {s.image for s in (*side.train.samples, *side.val.samples)}
+    samples = sorted((*side.train.samples, *side.val.samples), key=lambda s: s.image)
+    ours = {s.image for s in samples}
+    side.units = {s.image: samples[i - i % 2].image for i, s in enumerate(samples)}  # neighbours belong together
     drawn = []
     for seed in (1, 2):
         train, val = side._sides(seed)
         names = [{s.image for s in part.samples} for part in (train, val)]
         assert not names[0] & names[1]
         assert names[0] | names[1] == ours
-        assert len(names[1]) == len(side.val)
+        assert abs(len(names[1]) - len(side.val)) <= 3
+        assert not {side.units[n] for n in names[0]} & {side.units[n] for n in names[1]}
+        assert {s.label for s in val.samples} == set(val.classes)
         drawn.append(names[1])
     assert drawn[0] != drawn[1]
 

@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from mrl.tuning.search import outcome
-from mrl.tuning.storage import open_storage
+from mrl.tuning.storage import close_storage, open_storage
 from postgres import binaries, cluster
 from test_tune import start, wait
 
@@ -45,7 +45,7 @@ def test_search__two_workers_on_postgresql_finish_when_one_is_killed(tmp_path):
         os.kill(victim.pid, signal.SIGKILL)
         os.kill(survivor.pid, signal.SIGCONT)
         victim.wait()
-        wait(lambda: survivor.poll() is not None, survivor, seconds=600)
+        wait(lambda: survivor.poll() is not None, survivor)
         assert survivor.returncode == 0, survivor.said.read_text()
         record = json.loads((folders[1] / "done-x.json").read_text())
         assert not (folders[0] / "done-x.json").exists()
@@ -64,5 +64,6 @@ def test_search__two_workers_on_postgresql_finish_when_one_is_killed(tmp_path):
                 assert [(t.params, t.state.name) for t in again] == [(dead.params, "COMPLETE")]
                 died += 1
         assert died == 1
+        close_storage(storage)
         assert record["arms"]["mrl"]["outcomes"]["trained"] == TRIALS
         assert len({str(r["values"]) for r in record["arms"]["mrl"]["trials"] if r["outcome"] == "trained"}) == TRIALS

@@ -15,7 +15,7 @@ from mrl.swap import CalibrateConfig, SwapConfig
 from mrl.tuning.goal import Goal
 from mrl.tuning.settings import Settings
 from mrl.tuning.space import Space, read_space
-from mrl.tuning.storage import open_storage, require_optuna
+from mrl.tuning.storage import close_storage, open_storage, require_optuna
 from mrl.workspace import Workspace
 
 FOLDER, RESULT = "tune", "tune.json"
@@ -75,33 +75,38 @@ def tune(
         MissingExtra: Optuna or the driver of the database is not installed.
     """
     require_optuna()
-    space = Workspace(out)
-    goal = goal or Goal(max_latency_ratio=1.0, seed=space.protocol.seed)
-    folder = space.file(FOLDER)
     from mrl.tuning.images import TrainingSide
     from mrl.tuning.results import tune_document
     from mrl.tuning.search import Search
 
+    space, folder = Workspace(out), Path(out) / FOLDER
+    goal = goal or Goal(max_latency_ratio=1.0, seed=space.protocol.seed)
     judge = TrainingSide(space, folder, backend, seconds)
-    n_layers = len(judge.names)
-    words = list(words) or default_words(n_layers, len(judge.skeleton.layer_groups()) - 2)
-    bound = read_space(words).bound(n_layers)
+    bound = _bound(words, judge)
     name = study or f"mrl-{space.protocol.sha256()[:12]}"
     kept = open_storage(storage, folder)
-    if overwrite:
-        forget(kept, name, folder)
-    done = folder / RESULT
-    if done.is_file() and _same(read_json(done), goal, bound, name):
-        say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
-        return read_json(done)
-    identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
-    search = Search(judge, bound, partial(settings_of, space), goal, kept, name, identity)
-    say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
-    found = {**space.stamp(), **tune_document(search)}
-    write_json(done, found)
+    try:
+        if overwrite:
+            forget(kept, name, folder)
+        done = folder / RESULT
+        if done.is_file() and _same(read_json(done), goal, bound, name):
+            say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
+            return read_json(done)
+        say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
+        identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
+        found = tune_document(Search(judge, bound, partial(settings_of, space), goal, kept, name, identity))
+    finally:
+        close_storage(kept)
+    write_json(done, {**space.stamp(), **found})
     judge.clear()
     _say_result(found, done)
-    return found
+    return read_json(done)
+
+
+def _bound(words: Sequence[str], judge: Any) -> Space:
+    """The space of the words, or a default one, for the model's layers."""
+    n = len(judge.names)
+    return read_space(list(words) or default_words(n, len(judge.skeleton.layer_groups()) - 2)).bound(n)
 
 
 def settings_of(space: Workspace, values: dict[str, Any], arm: str) -> Settings:

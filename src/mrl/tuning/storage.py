@@ -129,6 +129,19 @@ def _database(storage: str, heartbeat_s: int, grace_s: int) -> Any:
         ) from error
 
 
+def close_storage(storage: Any) -> None:
+    """Closes the connections of a database; a journal has none.
+
+    Example:
+        >>> import tempfile
+        >>> close_storage(open_storage(None, Path(tempfile.mkdtemp())))
+    """
+    engine = getattr(storage, "engine", None)
+    if engine is not None:
+        storage.remove_session()
+        engine.dispose()
+
+
 def reap(study: Any, grace_s: int = GRACE_S) -> None:
     """Fails the running trials of dead workers, and queues each again, up to 3 times.
 
