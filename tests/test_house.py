@@ -37,8 +37,10 @@ LEVELS = [
     ["measure_page"],
     ["steps", "results"],
     ["folds"],
+    ["tuning"],
+    ["tune"],
     ["poc"],
-    ["deploy_commands"],
+    ["deploy_commands", "tune_commands"],
     ["commands"],
     ["cli"],
     ["__main__"],
@@ -80,7 +82,7 @@ def test_size__files_stay_readable(path):
 def test_import__is_quick_and_quiet():
     code = (
         "import time, sys; import timm; t = time.perf_counter(); import mrl; print(time.perf_counter() - t);"
-        "heavy = {'onnxruntime', 'plotly', 'pandas', 'sklearn', 'accelerate', 'onnx', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'onnxruntime', 'optuna', 'plotly', 'pandas', 'sklearn', 'accelerate', 'onnx', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 3

@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": commands.fit,
     "evaluate": commands.evaluate,
     "compare": commands.compare,
+    "tune": commands.tune,
     "measure": commands.measure,
     "export": commands.export,
     "predict": commands.predict,
@@ -41,8 +42,9 @@ POSITIONAL = {
     "serve": ("model",),
     "export": ("out",),
     "measure": ("models",),
+    "tune": ("space",),
 }
-REST = ("predict", "measure")
+REST = ("predict", "measure", "tune")
 
 
 def build_parser() -> ArgumentParser:

@@ -19,10 +19,11 @@ from mrl.run import refuse_existing, say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig, SwapConfig, save, swap_
 from mrl.swap import plan as plan_swap
+from mrl.tune_commands import tune
 from mrl.workspace import ARMS, Workspace, spaces_of
 
 __all__ = [
-    "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "serve", "split", "swap",
+    "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "serve", "split", "swap", "tune",
 ]  # fmt: skip
 NESTED = {"budget": FitConfig, "calibration": CalibrateConfig}
 Size = int | list[int] | None

@@ -17,7 +17,7 @@ from mrl.workspace import ARMS, Workspace, spaces_of
 
 OWN_FILES = (
     "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
-    "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html",
+    "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html", "tune",
 )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class RunFiles:
     calibration: Mapping[str, Any] | None = None
     export: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
+    tune: Mapping[str, Any] | None = None
     missing: tuple[str, ...] = ()
 
     @property
@@ -100,6 +101,7 @@ def read_run(out: str | Path) -> RunFiles:
         fits={arm: value or {} for arm, value in fits.items()},
         metrics=curves,
         missing=tuple(missing),
+        tune=_optional(out / "tune" / "tune.json"),  # no run needs one, so it is never missing
         **others,
     )
 

@@ -11,6 +11,7 @@ from mrl.report.front import hours, money
 from mrl.report.next_step import pixels
 from mrl.report.parts import Cell, Part, Section, View, figure, name, note, quotient, side_by_side, table, text
 from mrl.report.reasons import translated
+from mrl.report.tuning import tuning_parts
 from mrl.report.words import MINUS, known
 
 
@@ -219,7 +220,7 @@ def plan(view: View) -> Section:
     cells = [_plan_row(view, row) for row in rows]
     keys = ("name", "class", "region", "tokens", "gmacs", "params", "ratio", "action")
     table_ = table(words("plan.caption"), [words(f"plan.{key}") for key in keys], cells, "llrrrrrl")
-    return Section("plan", say, [table_, *_calibration(view)])
+    return Section("plan", say, [table_, *_calibration(view), *tuning_parts(view)])
 
 
 def _plan_row(view: View, row: Mapping[str, Any]) -> list[str | Cell]:

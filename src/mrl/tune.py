@@ -1,0 +1,173 @@
+"""`mrl tune`: a search over any field of the swap and the fit, fair to the baseline, on the training side of a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mrl.errors import ConfigError
+from mrl.fit import FitConfig
+from mrl.run import plain, read_json, say, write_json
+from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tuning.goal import Goal
+from mrl.tuning.settings import Settings
+from mrl.tuning.space import Space, read_space
+from mrl.tuning.storage import close_storage, open_storage, require_optuna
+from mrl.workspace import Workspace
+
+FOLDER, RESULT = "tune", "tune.json"
+
+
+def default_words(n_layers: int, n_blocks: int) -> list[str]:
+    """The search space where none is given, for a model of so many swappable layers and so many blocks.
+
+    Example:
+        >>> default_words(12, 12)[:2]
+        ['region=2,3,4', 'layers=all,last8,last4']
+    """
+    layers = dict.fromkeys(f"last{n}" for n in (round(n_layers * 2 / 3), round(n_layers / 3)) if 0 < n < n_layers)
+    freeze = dict.fromkeys(str(n) for n in (0, n_blocks // 3, n_blocks * 2 // 3))
+    return [
+        "region=2,3,4",
+        f"layers={','.join(['all', *layers])}",
+        "swap=faithful,cheap",
+        "lr=1e-6..1e-4:log",
+        "weight_decay=0,0.05,0.1",
+        "augment=none,light,medium",
+        f"freeze={','.join(freeze)}",
+    ]
+
+
+def tune(
+    out: Path | str,
+    words: Sequence[str] = (),
+    goal: Goal | None = None,
+    *,
+    storage: str | None = None,
+    study: str | None = None,
+    backend: str = "onnxruntime",
+    seconds: float = 6.0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json`.
+
+    Both arms get the same number of trained trials; the baseline has the axes of the fit. A killed search goes on where it
+    stopped when the call is repeated, and several processes with the same storage share one search.
+
+    Args:
+        out: a run folder with audit, protocol and split.
+        words: the search space: YAML files and `name=values`, see `mrl.tuning.space.read_space`; empty takes a default.
+        goal: mode, budget and number of trials; None is quality at no more than the baseline's latency.
+        storage: None for a journal file in the run folder, a path of one, or the URL of a database.
+        study: name in the storage; None is made of the protocol's hash.
+        backend: that latency is measured in: onnxruntime or eager.
+        seconds: about how long one architecture is timed.
+        overwrite: forget the search of this name that is there, and start again.
+
+    Returns:
+        The record that `tune.json` holds.
+
+    Raises:
+        ConfigError: a space, a budget or a storage that cannot be, or nothing that could be trained.
+        MissingExtra: Optuna or the driver of the database is not installed.
+    """
+    require_optuna()
+    from mrl.tuning.images import TrainingSide
+    from mrl.tuning.results import tune_document
+    from mrl.tuning.search import Search
+
+    space, folder = Workspace(out), Path(out) / FOLDER
+    goal = goal or Goal(max_latency_ratio=1.0, seed=space.protocol.seed)
+    judge = TrainingSide(space, folder, backend, seconds)
+    bound = _bound(words, judge)
+    name = study or f"mrl-{space.protocol.sha256()[:12]}"
+    kept = open_storage(storage, folder)
+    try:
+        if overwrite:
+            forget(kept, name, folder)
+        done = folder / RESULT
+        if done.is_file() and _same(read_json(done), goal, bound, name):
+            say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
+            return read_json(done)
+        say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
+        identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
+        found = tune_document(Search(judge, bound, partial(settings_of, space), goal, kept, name, identity))
+    finally:
+        close_storage(kept)
+    write_json(done, {**space.stamp(), **found})
+    judge.clear()
+    _say_result(found, done)
+    return read_json(done)
+
+
+def _bound(words: Sequence[str], judge: Any) -> Space:
+    """The space of the words, or a default one, for the model's layers."""
+    n = len(judge.names)
+    return read_space(list(words) or default_words(n, len(judge.skeleton.layer_groups()) - 2)).bound(n)
+
+
+def settings_of(space: Workspace, values: dict[str, Any], arm: str) -> Settings:
+    """The settings of a trial on top of the run's protocol."""
+    protocol = space.protocol
+    return Settings.of(
+        values,
+        arm,
+        SwapConfig.named("faithful" if protocol.swap == "auto" else protocol.swap),
+        FitConfig(**protocol.budget),
+        CalibrateConfig(**protocol.calibration),
+        protocol.region,
+        protocol.layers,
+    )
+
+
+def forget(storage: Any, name: str, folder: Path) -> None:
+    """Deletes the studies of a search, and what its trials left in the folder."""
+    optuna = require_optuna()
+    for found in optuna.get_all_study_names(storage):
+        if found.startswith(f"{name}-"):
+            optuna.delete_study(study_name=found, storage=storage)
+    for part in ("trials", "starts"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / RESULT).unlink(missing_ok=True)
+
+
+def _same(found: dict[str, Any], goal: Goal, space: Space, name: str) -> bool:
+    return found["goal"] == plain(vars(goal)) and found["space"] == plain(space.to_dict()) and found["study"] == name
+
+
+def _say_result(found: dict[str, Any], path: Path) -> None:
+    for arm, number in found["chosen"].items():
+        row = next((r for r in found["judged"] if r["arm"] == arm and r["trial"] == number), None)
+        if row is None:
+            say(f"{arm}: nothing to choose")
+            continue
+        mean, ratio = row["mean"], row["latency"]["ratio"]
+        say(f"{arm}: trial {number}, {100 * mean:.1f} % over fresh seeds, {ratio:.3f} of the baseline's latency")
+    gap = found["difference"]
+    if gap is not None:
+        points = ", ".join(f"{100 * gap[k]:+.1f}" for k in ("low", "high"))
+        say(
+            f"mrl - baseline: {100 * gap['estimate']:+.1f} points ({points}) on inner validation images, not on the test side"
+        )
+    for warning in found["warnings"]:
+        say(warning)
+    say(f"wrote {path}")
+
+
+def read_tuned(out: Path | str, arm: str = "mrl") -> Settings:
+    """The settings that a finished search chose for an arm.
+
+    Args:
+        out: the run folder.
+        arm: mrl or baseline.
+
+    Raises:
+        ConfigError: no search there, or it could choose nothing.
+    """
+    found = read_json(Path(out) / FOLDER / RESULT)
+    if found["settings"].get(arm) is None:
+        raise ConfigError(f"{Path(out) / FOLDER / RESULT}: the search chose nothing for {arm}; see its warnings.")
+    return Settings.from_dict(found["settings"][arm])

@@ -1,0 +1,443 @@
+"""`mrl tune`: its space, its sampler, fair arms, budgets, workers that die, and no look at the test side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from mrl.cli import main
+from mrl.errors import ConfigError, MissingExtra
+from mrl.fit_config import FitConfig
+from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tuning import Goal, Settings, parse_space
+from mrl.tuning.results import tune_document
+from mrl.tuning.sampler import Distinct, key_of
+from mrl.tuning.search import outcome
+from mrl.tuning.space import read_space
+from mrl.tuning.storage import open_storage
+from planted import LAYERS, SPACE, Planted, planted
+from test_poc import draw
+
+TESTS = Path(__file__).parent
+
+
+# --- the space -----------------------------------------------------------------------------------------------------
+
+
+def test_parse_space__reads_yaml_and_words_alike(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(
+        "region: [1, 2, 4]\nregion.blocks.0: [1, 2]\nlayers: [all, last 3, [0, 1]]\nlr: {low: 1e-6, high: 1e-4, log: true}\n"
+        "augment: [none, light]\nfreeze: [null, 0, 2]\nlocal_gain: 0.5\ncalibration.lr_new: [1e-3, 3e-3]\n"
+    )
+    words = [
+        "region=1,2,4", "region.blocks.0=1,2", "layers=all,last3,0+1", "lr=1e-6..1e-4:log", "augment=none,light", "freeze=null,0,2",
+        "local_gain=0.5", "calibration.lr_new=1e-3,3e-3",
+    ]  # fmt: skip
+    from_file, from_words = read_space([str(file)]), read_space(words)
+    assert from_file == from_words
+    assert {a.name: a.size for a in from_file.axes}["freeze"] == 3
+    assert from_file.fixed == {"local_gain": 0.5}
+    assert {a.name for a in from_file.of("baseline").axes} == {"lr", "augment", "freeze"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["regoin=1,2"], "'regoin' is not a field that can be tuned; use region"),
+        (["region=0,2"], "use positions from 1"),
+        (["lr=-1,2"], "FitConfig(lr=-1.0): use above 0"),
+        (["lr=fast,slow"], "lr 'fast': use a number"),
+        (["lr=1e-4..1e-6"], "a range needs low below high"),
+        (["lr=0..1:log"], "lr"),
+        (["augment=light,wild"], "use none, light, medium or imagenet"),
+        (["reduce=mean,max"], "reduce"),
+        (["layers=some,all"], "use all, each, first N, last N"),
+        (["swap=faithful,best"], "swap 'best': unknown"),
+        (["seed=1,2"], "cannot be tuned"),
+        (["calibration.seed=1,2"], "cannot be tuned"),
+        (["lr=1e-5"], "nothing varies"),
+        (["region=2,2"], "twice"),
+        (["gone.yaml"], "cannot be read"),
+    ],
+)
+def test_read_space__refuses_in_a_sentence(words, said):
+    with pytest.raises(ConfigError, match="tune space") as caught:
+        read_space(words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings__put_every_value_where_it_belongs():
+    space = parse_space(
+        {
+            "swap": ["cheap", "paper"],
+            "group_size": [1, 4],
+            "region": ["2x4", 2],
+            "freeze": [0, 1],
+            "calibration.batch_size": [4, 8],
+        }
+    )
+    values = {"swap": "paper", "group_size": 4, "region": (2, 4), "freeze": 1, "calibration.batch_size": 4}
+    made = Settings.of(values, "mrl", SwapConfig(), FitConfig(lr=0.5), CalibrateConfig())
+    assert (made.swap.local_gain, made.swap.group_size, made.region) == (1.0, 4, (2, 4))
+    assert (made.fit.freeze, made.fit.lr, made.calibration.batch_size) == (1, 0.5, 4)
+    assert Settings.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert Settings.of({"freeze": 1}, "baseline", SwapConfig(), FitConfig(), CalibrateConfig()).to_dict().keys() == {
+        "arm",
+        "fit",
+    }
+    assert len(space.axes) == 5
+
+
+def test_space__each_layer_is_a_choice_of_its_own():
+    space = parse_space({"layers": "each"}).bound(3)
+    assert [a.name for a in space.axes] == ["layers.each.0", "layers.each.1", "layers.each.2"]
+    values = space.values({"layers.each.0": 1, "layers.each.1": 0, "layers.each.2": 1})
+    made = Settings.of(values, "mrl", SwapConfig(), FitConfig(), CalibrateConfig())
+    assert made.layer_indices(3) == [0, 2]
+
+
+def test_space__a_tuned_budget_is_said():
+    assert "epochs" in parse_space({"epochs": [1, 2]}).warnings()[0]
+    assert parse_space({"lr": [1e-5, 1e-4]}).warnings() == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mode": "best"}, {"trials": 0}, {"judges": 1}, {"max_latency_ratio": 1.0, "max_latency_ms": 2.0}, {},
+     {"mode": "pareto", "max_latency_ms": 1.0}],
+)  # fmt: skip
+def test_goal__refuses_what_cannot_be(wrong):
+    with pytest.raises(ConfigError, match="--"):
+        Goal(**wrong)
+
+
+# --- the sampler ---------------------------------------------------------------------------------------------------
+
+
+def tried(sampler, n, score=lambda p: p["a"], state=None):
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for _ in range(n):
+        trial = study.ask(sampler.space)
+        study.tell(trial, score(trial.params), state=state)
+    return [t.params for t in study.trials]
+
+
+@pytest.mark.parametrize("engine", ["gp", "tpe", "random"])
+def test_distinct__never_repeats_and_covers_a_finite_space(engine):
+    space = {
+        "a": IntDistribution(0, 3),
+        "b": CategoricalDistribution(["x", "y", "z"]),
+        "c": FloatDistribution(0, 1, step=1.0),
+    }
+    params = tried(Distinct(space, 0, engine), 24)
+    assert len({key_of(p) for p in params}) == 24
+
+
+def test_distinct__starts_balanced():
+    space = {
+        "a": IntDistribution(0, 3),
+        "b": CategoricalDistribution(list("stuvwxyz")),
+        "lr": FloatDistribution(1e-6, 1e-2, log=True),
+    }
+    params = tried(Distinct(space, 3), 8)
+    assert Counter(p["a"] for p in params) == dict.fromkeys(range(4), 2)
+    assert len({p["b"] for p in params}) == 8
+    assert sum(p["lr"] < 1e-4 for p in params) == 4
+
+
+def test_distinct__draws_follow_from_the_seed():
+    space = {"a": FloatDistribution(0, 1), "b": IntDistribution(0, 9)}
+    assert tried(Distinct(space, 5), 12) == tried(Distinct(space, 5), 12) != tried(Distinct(space, 6), 12)
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tune__finds_the_planted_best_in_25_trials_in_9_of_10_seeds(tmp_path):
+    found = []
+    for seed in range(10):
+        storage, judge = optuna.storages.InMemoryStorage(), Planted(seed)
+        record = tune_document(planted(tmp_path, judge, storage=storage, seed=seed, trials=25, max_latency_ratio=2.0))
+        assert record["arms"]["mrl"]["outcomes"] == {"trained": 25}
+        chosen = Settings.from_dict(record["settings"]["mrl"])
+        found.append((chosen.region, chosen.layers) == judge.best)
+    assert sum(found) >= 9, found
+
+
+def test_search__prunes_over_the_budget_before_any_training(tmp_path):
+    judge = Planted(1)
+    search = planted(tmp_path, judge, trials=10, max_latency_ratio=1.05, keep=2, judges=2)
+    record = tune_document(search)
+    trained = {a[1] for a in judge.asked if a[0] == "mrl"}
+    assert trained == {4, 8}  # 1 and 2 take 1.2 and 1.1 of the time
+    rows = record["arms"]["mrl"]["trials"]
+    over = [r for r in rows if r["outcome"] == "over budget"]
+    assert over
+    assert all(
+        r["latency"]["ratio"] > 1.05 and r["score"] is None and "baseline's latency" in r["reason"] for r in over
+    )
+    assert sum(r["outcome"] == "trained" for r in rows) == 10
+    searched = [t for t in judge.timed if not t[3]]
+    assert len(searched) == len(set(searched))  # every architecture was timed once
+    assert record["judged"][-1]["within_budget"]
+    assert record["difference"]["low"] < record["difference"]["estimate"] < record["difference"]["high"]
+
+
+def test_search__both_arms_get_as_many_trials(tmp_path):
+    judge = Planted(2)
+    space = {"region": [2, 4], "lr": "1e-6..1e-4:log"}
+    record = tune_document(planted(tmp_path, judge, space=space, trials=6, keep=1, judges=2))
+    for arm in ("baseline", "mrl"):
+        assert record["arms"][arm]["outcomes"] == {"trained": 6}
+        assert set(record["arms"][arm]["importance"]) == ({"lr"} if arm == "baseline" else {"region", "lr"})
+        assert sum(record["arms"][arm]["importance"].values()) == pytest.approx(1)
+    fresh = [(a[0], a[3]) for a in judge.asked if a[4]]
+    assert sorted(fresh) == [("baseline", 1), ("baseline", 2), ("mrl", 1), ("mrl", 2)]  # the same fresh seeds for both
+    assert {a[3] for a in judge.asked if not a[4]} == {0}
+    assert record["warnings"] == []
+
+
+def test_search__what_cannot_be_trained_is_said_and_counts_only_where_it_was_tried(tmp_path):
+    space = {"region": [2, 4], "group_size": [1, 16], "lr": [1e-5, 1e-4, 1.0]}
+    record = tune_document(planted(tmp_path, Planted(3), space=space, trials=6, keep=1, judges=2))
+    rows = record["arms"]["mrl"]["trials"]
+    counted = Counter(r["outcome"] for r in rows)
+    assert counted["trained"] == 4
+    assert counted["failed"] == 2
+    assert counted["refused"] >= 1
+    assert all("group_size=16" in r["reason"] for r in rows if r["outcome"] == "refused")
+    assert all("not finite" in r["reason"] for r in rows if r["outcome"] == "failed")
+    assert any("could not be trained" in w for w in record["warnings"])
+
+
+def test_search__a_budget_that_nothing_keeps_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"over the latency budget .* fastest takes 0\.900"):
+        planted(tmp_path, trials=4, max_latency_ratio=0.5).run()
+
+
+def test_search__pareto_gives_a_front(tmp_path):
+    record = tune_document(planted(tmp_path, trials=12, keep=3, judges=2))
+    rows = {r["trial"]: r for r in record["arms"]["mrl"]["trials"]}
+    front = [(rows[n]["score"], rows[n]["latency"]["ratio"]) for n in record["arms"]["mrl"]["front"]]
+    assert front == sorted(front, reverse=True)
+    for score, ratio in ((r["score"], r["latency"]["ratio"]) for r in rows.values() if r["score"] is not None):
+        assert any(s >= score and q <= ratio for s, q in front)
+
+
+def test_search__another_search_of_the_same_name_is_refused(tmp_path):
+    planted(tmp_path, trials=1, max_latency_ratio=2.0).study("mrl")
+    with pytest.raises(ConfigError, match="another goal"):
+        planted(tmp_path, trials=1, max_latency_ratio=1.0).study("mrl")
+    with pytest.raises(ConfigError, match="another space"):
+        planted(tmp_path, space={"region": [1, 2]}, trials=1, max_latency_ratio=2.0).study("mrl")
+    planted(tmp_path, trials=3, max_latency_ratio=2.0).study("mrl")  # more trials are the same search
+
+
+@pytest.mark.slow
+def test_search__goes_on_after_a_kill_with_the_trials_of_one_that_was_not(tmp_path):
+    goal = {"trials": 5, "max_latency_ratio": 2.0, "keep": 1, "judges": 2}
+    whole = planted(tmp_path / "whole", Planted(0), **goal).run()
+    folder = tmp_path / "killed"
+    worker = start(folder, "-", trials=5, pause=0.7)
+    journal = folder / "journal.log"
+    wait(lambda: journal.is_file() and journal.read_text().count('"trained"') >= 3, worker)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    search = planted(folder, Planted(0), **goal)
+    before = search.study("mrl").trials + search.study("baseline").trials
+    assert [t.state.name for t in before].count("RUNNING") == 1
+    after = search.run()
+    for arm in ("baseline", "mrl"):
+        same = [[(t.params, t.values) for t in s[arm].trials if t.state.name == "COMPLETE"] for s in (whole, after)]
+        assert sorted(map(str, same[0])) == sorted(map(str, same[1]))
+    died = [t for s in after.values() for t in s.trials if outcome(t) == "died"]
+    assert len(died) == 1
+
+
+def start(folder, storage, *, trials, pause, name=0):
+    """A worker in a process of its own; what it says is in `said-NAME` in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, str(TESTS / "planted.py"), str(folder), storage, str(trials), str(pause), str(name)]
+    with (folder / f"said-{name}").open("w") as said:
+        worker = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
+    worker.said = folder / f"said-{name}"
+    return worker
+
+
+def wait(condition, *workers, seconds=900):
+    end = time.monotonic() + seconds
+    while not condition():
+        for worker in workers:
+            assert worker.poll() in (None, 0), worker.said.read_text()
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+def test_journal__a_stopped_worker_is_not_taken_for_dead(tmp_path):
+    ours, theirs = open_storage(None, tmp_path), open_storage(None, tmp_path)
+    study = optuna.create_study(storage=ours, study_name="a")
+    other = optuna.load_study(storage=theirs, study_name="a")
+
+    def objective(trial):
+        optuna.storages.fail_stale_trials(other)
+        assert other.trials[0].state.name == "RUNNING"
+        return trial.suggest_float("x", 0, 1)
+
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        study.optimize(objective, n_trials=1)
+    assert other.trials[0].state.name == "COMPLETE"
+
+
+def test_open_storage__says_what_is_wrong_without_the_password(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        open_storage("postgresql://me:secret@127.0.0.1:9/none", tmp_path)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="not a URL"):
+        open_storage("://", tmp_path)
+    with pytest.raises(MissingExtra, match="pg8000"):
+        open_storage("postgresql+nothing://me@host/none", tmp_path)
+
+
+def test_require_optuna__says_what_to_install(monkeypatch):
+    from mrl.tuning.storage import require_optuna
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtra, match=r"pip install mrl\[tune\]"):
+        require_optuna()
+
+
+# --- real models on a run ------------------------------------------------------------------------------------------
+
+RUN = [
+    "--model", "test_vit", "--image-size", "32", "--backend", "eager", "--seconds", "0.2", "--trials", "2", "--keep", "1", "--judges", "2",
+    "calibration.min_updates=2", "calibration.epochs=0.01", "calibration.feature_epochs=0.01", "epochs=0.1", "min_updates=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("tune") / "data")
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory):
+    """A finished search whose test images were gone before it began."""
+    out = tmp_path_factory.mktemp("tune") / "run"
+    split = ["split", "--model", "test_vit", "--image-size", "32", "--data", str(data), "--out", str(out)]
+    assert main(split) == 0
+    lines = [line.split(",") for line in (out / "split.csv").read_text().splitlines()[1:]]
+    tests = [data / line[0] for line in lines if line[4] == "test"]
+    kept = {path: path.read_bytes() for path in tests}
+    for path in tests:
+        path.write_bytes(b"not to be looked at")
+    words = [
+        "tune",
+        "--out",
+        str(out),
+        *RUN,
+        "region=2,4",
+        "layers=last2,0+1",
+        "lr=1e-5..1e-3:log",
+        "--max-latency-ratio",
+        "50",
+    ]
+    try:
+        assert main(words) == 0
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    return out, words
+
+
+def test_tune__searches_without_a_look_at_the_test_side(tuned):
+    out, _ = tuned
+    record = json.loads((out / "tune" / "tune.json").read_text())
+    assert record["arms"]["mrl"]["outcomes"] == {"trained": 2}
+    assert record["arms"]["baseline"]["outcomes"] == {"trained": 2}
+    assert record["settings"]["mrl"]["layers"] in ("last2", [0, 1])
+    assert record["protocol_sha256"]
+    for row in record["judged"]:
+        assert len(row["scores"]) == 2
+        assert row["mean"] == pytest.approx(sum(row["scores"]) / 2)
+    n_train_and_val = sum(line.rsplit(",", 1)[1] != "test" for line in (out / "split.csv").read_text().splitlines()[1:])
+    for file in (out / "tune" / "trials").glob("*/result.json"):
+        result = json.loads(file.read_text())
+        assert result["n_train"] + result["n_val"] == n_train_and_val
+    assert not list((out / "tune").rglob("*.safetensors"))
+    assert len(list((out / "tune" / "trials").iterdir())) == 2 * 2 + 2 * 2
+
+
+def test_tune__a_finished_search_says_so(tuned, capsys):
+    out, words = tuned
+    before = (out / "tune" / "tune.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert (out / "tune" / "tune.json").stat().st_mtime_ns == before
+
+
+def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
+    from mrl.tuning.images import TrainingSide
+    from mrl.workspace import Workspace
+
+    out, _ = tuned
+    side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
+    samples = sorted((*side.train.samples, *side.val.samples), key=lambda s: s.image)
+    ours = {s.image for s in samples}
+    side.units = {s.image: samples[i - i % 2].image for i, s in enumerate(samples)}  # neighbours belong together
+    drawn = []
+    for seed in (1, 2):
+        train, val = side._sides(seed)
+        names = [{s.image for s in part.samples} for part in (train, val)]
+        assert not names[0] & names[1]
+        assert names[0] | names[1] == ours
+        assert abs(len(names[1]) - len(side.val)) <= 3
+        assert not {side.units[n] for n in names[0]} & {side.units[n] for n in names[1]}
+        assert {s.label for s in val.samples} == set(val.classes)
+        drawn.append(names[1])
+    assert drawn[0] != drawn[1]
+
+
+def test_training_side__architectures_that_are_equal_are_one(tuned):
+    from mrl.tuning.images import TrainingSide
+    from mrl.workspace import Workspace
+
+    out, _ = tuned
+    side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
+
+    def architecture(**values):
+        return side.architecture(Settings.of(values, "mrl", SwapConfig(), FitConfig(), CalibrateConfig()))
+
+    assert architecture(region=2, layers="all") == architecture(
+        region=4, layers=tuple(range(6)), **{"region.blocks": 2}
+    )
+    assert architecture(region=2) != architecture(region=4)
+    assert architecture(region=2) != architecture(region=2, reduce="mean")
+    assert architecture(region=2, lr=1e-3) == architecture(region=2, lr=1e-5)
+    for wrong, said in (
+        ({"layers": (9,)}, "use indices"),
+        ({"region.stages.3": 2}, "no module's name begins with"),
+        ({"freeze": 99}, "freeze=99"),
+    ):
+        with pytest.raises(Exception, match=said):
+            architecture(**wrong)
+
+
+def test_tune__a_wrong_word_fails_before_any_work(tuned, capsys):
+    out, _ = tuned
+    assert main(["tune", "--out", str(out), "regions=1,2"]) == 1
+    assert "use region" in capsys.readouterr().err
+
+
+def test_planted__the_space_of_the_contract_has_32_points():
+    assert parse_space(SPACE).size == 32 == 4 * len(LAYERS)
