@@ -216,10 +216,7 @@ def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, 
     document = {**space.stamp(), "setting": read_json(space.file("plan.json"))["setting"], **report.to_dict()}
     write_json(space.file("calibration.json"), document)
     drop_checkpoint(unfinished)
-    before, after = report.stages[0].mean_error_before, report.stages[-1].mean_error_after
-    say(
-        f"calibrated: error {before:.3f} -> {after:.3f} on held-out images, {report.updates} updates, {report.seconds:.0f} s."
-    )
+    say(f"calibrated: {report.summary()} on held-out images, {report.updates} updates, {report.seconds:.0f} s.")
     return document
 
 

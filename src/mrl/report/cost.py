@@ -273,6 +273,11 @@ def _calibration(view: View) -> list[Part]:
                 _accepted(view, stage),
             ]
         )
+        if known(stage.get("stream_after")):
+            ends = [words.unit(stage[key], "") for key in ("stream_before", "stream_after")]
+            rows.append(
+                [words("plan.stage_stream"), "", "", *ends, _yes(view, stage["stream_after"] < stage["stream_before"])]
+            )
     head = [words(f"plan.{key}") for key in ("stage", "updates", "time", "before", "after", "accepted")]
     foot = words("plan.images", n=words.count(found.get("n_images")))
     parts = [table(words("plan.calibration"), head, rows, foot=foot), text(words("plan.error_note"))]

@@ -29,7 +29,7 @@ class CalibrateConfig:
     """
 
     epochs: float = 0.5
-    feature_epochs: float = 0.5
+    feature_epochs: float = 0.25
     min_updates: int = 60
     batch_size: int = 8
     lr_new: float = 3e-3
@@ -91,6 +91,26 @@ class CalibrationReport:
     def seconds(self) -> float:
         """Wall time of all stages."""
         return sum(stage.seconds for stage in self.stages)
+
+    def summary(self) -> str:
+        """What was reached, in words: the layers' error, and that of the final features where it was measured.
+
+        Example:
+            >>> stage = StageReport("ridge", 0, 1.0, {"a": 0.16}, {"a": 0.04}, ["a"], 0.57, 0.2)
+            >>> CalibrationReport([stage]).summary()
+            'error of the layers 0.160 -> 0.040, of the final features 0.570 -> 0.200'
+        """
+        layers = [s for s in self.stages if s.stage != "features"]
+        finals = [
+            pair for s in self.stages if s.stream_before is not None for pair in (s.stream_before, s.stream_after)
+        ]
+        finals += [e for s in self.stages if s.stage == "features" for e in (s.mean_error_before, s.mean_error_after)]
+        told = []
+        if layers:
+            told.append(f"of the layers {layers[0].mean_error_before:.3f} -> {layers[-1].mean_error_after:.3f}")
+        if finals:
+            told.append(f"of the final features {finals[0]:.3f} -> {finals[-1]:.3f}")
+        return f"error {', '.join(told)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a run's `calibration.json`."""
