@@ -184,6 +184,7 @@ def test_accuracy__trains_asks_and_tells(tmp_path):
     assert found["written"] == (tmp_path / "run" / "model-openvino-int8.xml").is_file()
 
 
+@pytest.mark.slow
 def test_refusal__facts_hold_what_the_bench_tells(tmp_path):
     images = torch.nn.functional.interpolate(torch.randn(60, 3, 4, 6), (32, 48))
     from mrl.export import Lossy

@@ -203,6 +203,7 @@ def opened(data: Path, out: Path, preset: str = "standard") -> Workspace:
     return steps.begin(Workspace(out), request)
 
 
+@pytest.mark.slow
 def test_fold__killed_in_either_fit_goes_on_to_the_same_predictions(data, tmp_path, monkeypatch):
     monkeypatch.setattr("mrl.fit_loop.CHECKPOINT_SECONDS", 0.0)
     step, made = Loop._step, {}
@@ -230,6 +231,7 @@ def test_fold__killed_in_either_fit_goes_on_to_the_same_predictions(data, tmp_pa
     assert made["whole"] == made["killed"]
 
 
+@pytest.mark.slow
 def test_full__frozen_images_are_tested_once_and_by_the_last_fit_only(full):
     manifest = rows_of(full / "split.csv")
     frozen = {row["image"] for row in manifest if row["split"] == "test"}

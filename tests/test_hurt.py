@@ -52,6 +52,7 @@ def test_layers_that_hurt__finds_the_planted_one_and_alters_nothing(precision):
     assert name not in [each.layer for each in layers_that_hurt(model, photos(16), precision, skip=[name])]
 
 
+@pytest.mark.slow
 def test_layers_that_hurt__rounds_what_the_file_rounds(tmp_path):
     """All layers in one group: the change is of the size of NNCF's int8, which it stands for."""
     from mrl.deploy.formats import write_format
@@ -120,6 +121,7 @@ def test_export_model__int8_without_accuracy_control_names_the_layer_too(format,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_model__fp16_that_overflows_names_the_layer(tmp_path):
     given = {"preprocess": Preprocess((32, 48)), "classes": CLASSES, "images": photos(600)}
     with pytest.raises(
