@@ -138,6 +138,17 @@ def test_follow_stream__other_blocks(on_branch):
     assert float((net(x[:4]) - theirs).detach().norm()) < 1e-2 * before
 
 
+def test_find_joints__a_block_that_runs_twice_is_left_out():
+    torch.manual_seed(0)
+    shared = Sums(False)
+    net = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), Turn(), shared, shared, Sums(False)).eval()
+    handle = mrl.swap_(net, mrl.plan(net, region=1))
+    handle.fix_grid((4, 4))
+    x = images(12, (32, 32))
+    assert [joint.linear for joint in find_joints(handle, x)] == ["5.self_attn.out_proj"]
+    follow_stream(handle, x[:8], x[8:])
+
+
 class Turn(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)

@@ -52,10 +52,11 @@ class Joint:
 
 @dataclass
 class Seen:
-    """What passed through a block once: first inputs and outputs by module, in the order of the calls."""
+    """What passed through blocks once: first inputs and outputs by module, in the order of the calls; modules called twice."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
     batch: int = 1
 
     def elements(self, name: str) -> tuple[int, int]:
@@ -70,7 +71,8 @@ def find_joints(handle: Handle, images: Tensor, *, blocks: bool = True) -> list[
     In every block around a mixer the stream after the mixer is looked for among the inputs of the modules that run after
     it (a norm, as a rule): it must equal the block's input plus a factor a channel times the mixer's output. The same of the
     block's output and the last Linear in it. Nothing is assumed of names. Where a block is built otherwise (norms after
-    the sum, windows), only the mixer's projection is taken, and aims at the teacher's own output.
+    the sum, windows), only the mixer's projection is taken, and aims at the teacher's own output. What runs more than once in a
+    pass is left out: it cannot be solved for one place.
 
     Args:
         handle: of the swapped model, in eval mode.
@@ -92,7 +94,7 @@ def find_joints(handle: Handle, images: Tensor, *, blocks: bool = True) -> list[
     for name, mixer in mixers.items():
         block, projection = name.rpartition(".")[0], output_projection(mixer)
         own = next((f"{name}.{n}" for n, m in mixer.named_modules() if m is projection), None)
-        if projection is None or name not in seen.outputs or own not in seen.outputs:
+        if own not in seen.outputs or name not in seen.outputs or {own, name, block} & seen.repeated:
             continue
         if not torch.equal(seen.outputs[own].flatten(), seen.outputs[name].flatten()):
             continue  # something of the mixer's comes after its projection
@@ -103,7 +105,7 @@ def find_joints(handle: Handle, images: Tensor, *, blocks: bool = True) -> list[
         after, gain = middle
         found[own] = Joint(own, block, after, False, name, seen.elements(own), gain)
         last = [n for n in seen.outputs if n.startswith(f"{block}.") and not n.startswith(f"{name}.")]
-        last = [n for n in last if type(handle.model.get_submodule(n)) is nn.Linear]
+        last = [n for n in last if type(handle.model.get_submodule(n)) is nn.Linear and n not in seen.repeated]
         gain = _gain(seen.outputs[block], seen.inputs[after], seen.outputs[last[-1]]) if last and blocks else None
         if gain is not None:
             found[last[-1]] = Joint(last[-1], after, block, True, name, seen.elements(last[-1]), gain)
@@ -114,7 +116,7 @@ def _stream_after(seen: Seen, block: str, mixer: str) -> tuple[str, Tensor] | No
     """The first module after the mixer that reads block input + gain * mixer output, with that gain."""
     order = list(seen.inputs)
     for name in order[order.index(mixer) + 1 :]:
-        if name.startswith(f"{block}.") and not name.startswith(f"{mixer}."):
+        if name.startswith(f"{block}.") and not name.startswith(f"{mixer}.") and name not in seen.repeated:
             gain = _gain(seen.inputs[name], seen.inputs[block], seen.outputs[mixer])
             if gain is not None:
                 return name, gain
@@ -140,6 +142,8 @@ def _watching(model: nn.Module, parents: set[str]) -> Iterator[Seen]:
         if name in parents or name.startswith(inside):
 
             def enter(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+                if name in seen.inputs:
+                    seen.repeated.add(name)
                 if (first := first_tensor((args, kwargs))) is not None:
                     seen.inputs.setdefault(name, first)
 
@@ -170,7 +174,7 @@ def follow_stream(
     What reaches a Linear in the student already carries the errors of all mixers before it; its weight and bias are set
     to the ridge solution that brings the stream after it back to the teacher's, pulled toward their present values:
     min |gain (Y W^T + b) + stream before - teacher's stream after|^2, every image's mean and every prefix token counted with a
-    fifth of the weight of all its positions. One forward pass does it: the images go through together, and each
+    fifth of the weight of all its positions, or up to 30 times that where they vary less between images. One forward pass does it: the images go through together, and each
     Linear is solved just before it runs. The strength of the pull is the best on the held-out images, or nothing changes.
 
     Args:
