@@ -36,7 +36,7 @@ def calibrate(
     block, is solved so that the stream after it comes back to the teacher's. `features` trains the blocks together,
     through the whole network, to give the teacher's final features: error = mean of ((ours - theirs) / spread)^2 with the
     teacher's spread of each feature. The loss is the same error after whitening by the teacher's correlations, and the
-    normalised errors of the mixers' (twice) and the blocks' outputs. Nothing outside the blocks changes;
+    normalised error of the blocks' outputs. Nothing outside the blocks changes;
     `handle.disabled()` and `handle.restore()` still give the original values.
     Every stage, and the pass, is measured on held-out images; what it did not improve keeps its old values.
 
