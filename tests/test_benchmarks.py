@@ -1,6 +1,7 @@
 """The benchmarks' own parts; `make bench` runs them for real."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,11 +9,14 @@ import torch
 
 import bench
 import literal
+import recovery
 import table
 from mrl.blocks import RegionalLocalMixer
 from mrl.timing import timed_ms
 from subjects import NotRunError, as_call, build
 from test_blocks import randomized
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["mrl_13", "mrl_hovernet_common_qkv"])
@@ -119,6 +123,20 @@ def test_table__is_made_from_the_files(tmp_path):
     assert "| mrl_13, folded | 20.0 | 21.0 | 2.00 x (1.25 to 2.50) | 51 % |" in page
     assert "| mrl_13 | not run: no |" in page
     assert "## A CPU, 2 threads" in page
+
+
+def test_docs__the_recovery_table_is_made_from_its_file():
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/recovery.json"))
+    text = (ROOT / "docs" / "swap.md").read_text(encoding="utf-8")
+    assert files
+    for path in files:
+        for arm in json.loads(path.read_text())["arms"]:
+            assert recovery.table(arm) in text
+            teacher, last = arm["rows"][0]["unchanged_head"], arm["rows"][-1]
+            lost = last["unchanged_head"]["accuracy_difference"]["estimate"]
+            assert lost == pytest.approx(
+                last["unchanged_head"]["accuracy"]["estimate"] - teacher["accuracy"]["estimate"]
+            )
 
 
 def test_package__does_not_import_the_benchmarks():
