@@ -61,7 +61,9 @@ def test_search__two_workers_on_postgresql_finish_when_one_is_killed(tmp_path):
             assert all(outcome(t) in ("known", "surplus") for t in trials if t.state.name == "PRUNED")
             for dead in (t for t in trials if t.state.name == "FAIL"):
                 again = [t for t in trials if t.system_attrs.get("failed_trial") == dead.number]
-                assert [(t.params, t.state.name) for t in again] == [(dead.params, "COMPLETE")]
+                repeated = [(t.params, t.state.name) for t in again]
+                # a trial without values (the baseline's only one) is not missed where another worker completed the study
+                assert repeated == [(dead.params, "COMPLETE")] or (not dead.params and repeated == []), name
                 died += 1
         assert died == 1
         close_storage(storage)
