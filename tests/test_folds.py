@@ -14,6 +14,7 @@ from mrl import folds, results, steps
 from mrl.cli import main
 from mrl.data import ImageSet
 from mrl.errors import ConfigError, DataError
+from mrl.fit_config import FitConfig
 from mrl.fit_loop import Loop
 from mrl.protocol import Protocol
 from mrl.report.words import Words
@@ -204,7 +205,7 @@ def opened(data: Path, out: Path, preset: str = "standard") -> Workspace:
         data=str(data),
         image_size=32,
         preset=preset,
-        budget=steps.FitConfig(epochs=1, min_updates=4, validations=1),
+        budget=FitConfig(epochs=1, min_updates=4, validations=1),
         calibration=steps.CalibrateConfig(epochs=0.1, feature_epochs=0.1, min_updates=2),
     )
     return steps.begin(Workspace(out), request)

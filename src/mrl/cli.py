@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": commands.fit,
     "evaluate": commands.evaluate,
     "compare": commands.compare,
+    "curve": commands.curve,
     "tune": commands.tune,
     "measure": commands.measure,
     "export": commands.export,

@@ -274,6 +274,25 @@ def compare(out: str, overwrite: bool = False) -> None:
     results.compare_step(Workspace(out), overwrite=overwrite)
 
 
+def curve(out: str, shares: list[float] = [0.1, 0.2, 0.4, 0.7, 1.0], overwrite: bool = False) -> None:  # noqa: B006
+    """Draws learning curves of a run of folds: the same procedure on nested parts of the training side, in curve.json.
+
+    Every part gets as many updates as the whole and is tested on the same images, in the folds of the first repeat. A
+    killed curve goes on where it stopped. `mrl poc --preset full` draws it by itself.
+
+    Args:
+        out: the run folder, of --preset standard or full, fitted and evaluated.
+        shares: of the training side, rising; 1 is the run's own fits.
+        overwrite: replace a curve that is there; fits that are done stay.
+    """
+    from mrl.curve import curve_step
+
+    found = curve_step(Workspace(out), shares=shares, overwrite=overwrite)
+    for size in found["sizes"]:
+        scores = ", ".join(f"{arm} {100 * score['estimate']:.1f} %" for arm, score in size["arms"].items())
+        say(f"{size['n_train']:.0f} training images: {found['metric']} {scores}")
+
+
 def report(
     out: str,
     lang: Literal["en", "ja"] = "en",

@@ -120,7 +120,7 @@ def refit(
             "metric": chosen.metric,
             "config": vars(config),
             "n": [len(train), 0],
-            "stop": stop_of(chosen.best_update, chosen.n_train, config, len(train)),
+            "stop": stop_of(chosen.best_update, chosen.n_train, config, len(train), FitConfig(**chosen.config)),
             "strength": chosen.probe_strength,
         }
     )

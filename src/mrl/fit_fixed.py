@@ -18,7 +18,7 @@ from mrl.fit_loop import CHECKPOINT, METRICS, START, Loop, snapshot, truncate
 from mrl.run import progress, say, writing
 
 
-def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int) -> int:
+def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int, inner: FitConfig | None = None) -> int:
     """The update at which a fit on all training images stands where one on the inner ones stood at `best_update`.
 
     The same share of the schedule: where `min_updates` does not lengthen it, the same number of epochs.
@@ -28,6 +28,7 @@ def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int) -> 
         n_inner: its training images.
         config: the budget of both.
         n_train: training images now.
+        inner: the budget of the inner fit, where its `min_updates` was another.
 
     Example:
         >>> stop_of(0, 1000, FitConfig(), 1200), stop_of(60, 1000, FitConfig(), 1200)
@@ -35,7 +36,7 @@ def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int) -> 
     """
     if best_update == 0:
         return 0
-    return max(1, round(best_update / planned_updates(config, n_inner) * planned_updates(config, n_train)))
+    return max(1, round(best_update / planned_updates(inner or config, n_inner) * planned_updates(config, n_train)))
 
 
 class FixedLoop(Loop):
@@ -63,7 +64,7 @@ class FixedLoop(Loop):
     ) -> None:
         super().__init__(model, train, None, config, out, identity, features)
         self.chosen = chosen
-        self.stop = stop_of(chosen.best_update, chosen.n_train, config, len(train))
+        self.stop = stop_of(chosen.best_update, chosen.n_train, config, len(train), FitConfig(**chosen.config))
 
     def begin(self) -> None:
         """Continues from the checkpoint, or sets the starting head at the strength that was chosen."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mrl import folds, results, steps
+from mrl import curve, folds, results, steps
 from mrl.errors import ConfigError
 from mrl.fit import FitConfig
 from mrl.run import say
@@ -16,7 +16,7 @@ from mrl.swap import CalibrateConfig
 from mrl.workspace import ARMS, Workspace, spaces_of
 
 OWN_FILES = (
-    "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
+    "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "curve.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
     "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html", "tune",
 )  # fmt: skip
 
@@ -124,7 +124,10 @@ def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
         folds.score_fold(fold)
 
     made = [(f"folds/{fold.out.name}/predictions.csv", lambda fold=fold: through(fold)) for fold in spaces_of(space)]
-    return [*made, ("predictions.csv", lambda: folds.join(space))]
+    made.append(("predictions.csv", lambda: folds.join(space)))
+    if space.protocol.preset == "full":
+        made.append((curve.CURVE_FILE, lambda: curve.curve_step(space)))
+    return made
 
 
 def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:

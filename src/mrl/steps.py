@@ -22,7 +22,7 @@ from mrl.data import (
 )
 from mrl.data.audit import audit as audit_images
 from mrl.errors import ConfigError, DataError
-from mrl.fit import FitConfig, fit, refit
+from mrl.fit import fit, refit
 from mrl.models import build_model
 from mrl.protocol import Protocol, was_changed, write_protocol
 from mrl.request import Request, make_protocol, pair_of, say_mde
@@ -247,7 +247,7 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    protocol, config = space.protocol, FitConfig(**space.protocol.budget)
+    protocol, config = space.protocol, space.budget("train")
     model = _start(space, arm)
     train = space.image_set("train", augment=config.augment, seed=space.seed)
     val = space.image_set("val")
@@ -262,7 +262,7 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
         model = _start(space, arm)
         whole = space.image_set("train", "val", augment=config.augment, seed=space.seed)
         say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
-        refit(model, whole, chosen, config, folder, meta=meta, features=kept)
+        refit(model, whole, chosen, space.budget("train", "val"), folder, meta=meta, features=kept)
     about = {
         **space.stamp(),
         "arm": arm,

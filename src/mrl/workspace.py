@@ -26,6 +26,7 @@ from mrl.data import (
     write_split,
 )
 from mrl.errors import ConfigError, DataError
+from mrl.fit_config import FitConfig
 from mrl.models import Classifier, build_model
 from mrl.models.build import preprocess_of
 from mrl.protocol import Protocol, load_protocol
@@ -83,6 +84,10 @@ class Workspace:
     def refits(self) -> bool:
         """Whether a fit on the whole training side follows the one that chooses."""
         return False
+
+    def budget(self, *sides: str) -> FitConfig:
+        """How an arm is fitted on these sides of the split, the same for all arms."""
+        return FitConfig(**self.protocol.budget)
 
     @cached_property
     def protocol(self) -> Protocol:
