@@ -200,7 +200,7 @@ def aurocs(rows: Sequence[dict[str, Any]], alpha: float = 0.05) -> dict[str, Any
     for name in NETWORKS:
         for share in sorted({row["share"] for row in rows}):
             values = [row["scores"]["auroc"] for row in rows if row["network"] == name and row["share"] == share]
-            if len(values) > 1:
+            if len(values) % K == 0:
                 got = nadeau_bengio(values, K, alpha)
                 found.setdefault(name, {})[f"{share:g}"] = {"estimate": got.estimate, "low": got.low, "high": got.high}
     return found

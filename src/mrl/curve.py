@@ -210,7 +210,7 @@ def summed(
 
 
 def _interval(values: Sequence[float] | np.ndarray, k: int, alpha: float) -> dict[str, float]:
-    if len(values) < 2:
-        return {"estimate": float(values[0]), "low": float("nan"), "high": float("nan")}
+    if len(values) % k:  # not all folds: no correction that fits
+        return {"estimate": float(np.mean(values)), "low": float("nan"), "high": float("nan")}
     found = nadeau_bengio(np.asarray(values, dtype=float), k, alpha)
     return {"estimate": found.estimate, "low": found.low, "high": found.high}
