@@ -180,7 +180,6 @@ def test_measure_models__no_memory_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("models", "options", "words"),
     [
-        ("abc", {}, "3 models; give one, or two"),
         ("", {}, "0 models"),
         ("a", {"images": torch.zeros(2, 3, 24, 24)}, "one flat colour"),
         ("a", {"images": []}, "at least one"),

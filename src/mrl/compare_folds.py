@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mrl.compare import PRIMARY, about_images, against_simple_rules, check_same_images, compare_predictions, groups_of
-from mrl.errors import ConfigError, DataError
+from mrl.compare import about_images, against_simple_rules, compare_predictions, judge_pair
+from mrl.compared import Compared, check_metric, check_same_images, groups_of, read_compared
+from mrl.errors import DataError
+from mrl.family import Judged, compare_family, known_ends
 from mrl.pairs import ARMS, Pairs, pair_predictions
-from mrl.run import environment, plain, read_csv, read_json, refuse_existing, write_json
+from mrl.run import plain, read_csv
 from mrl.scores import METRICS, score_all
 from mrl.stats import Interval, correlated_t, more_images, nadeau_bengio, quality_verdict
 
@@ -38,6 +40,7 @@ def compare_fold_predictions(
     seed: int = 0,
     n_resamples: int = 10_000,
     linear_probes: Mapping[str, float | None] | None = None,
+    arms: tuple[str, str] = ARMS,
 ) -> dict[str, Any]:
     """The content of `comparison.json` from the predictions of all k * repeats fits of each arm; a pure function.
 
@@ -59,6 +62,7 @@ def compare_fold_predictions(
         seed: of the bootstrap inside the first repeat.
         n_resamples: draws of it.
         linear_probes: mean test score of a linear probe of each arm.
+        arms: the two names; the difference is the second minus the first.
 
     Raises:
         ConfigError: an unknown metric, or a negative margin.
@@ -74,24 +78,48 @@ def compare_fold_predictions(
         >>> result["folds"]["n_fits"], result["method"], len(result["folds"]["rows"]), result["test"]["df"]
         (10, 'corrected_t_widened', 10, 9)
     """
-    if metric not in PRIMARY:
-        raise ConfigError(f"compare: primary metric {metric!r}; use one of {', '.join(PRIMARY)}.")
-    cells = _cells(rows, k, repeats, groups)
-    scores = {arm: {cell: score_all(p.target, p.probabilities[arm]) for cell, p in cells.items()} for arm in ARMS}
-    values = {arm: {m: [s[m] for s in scores[arm].values()] for m in METRICS} for arm in ARMS}
-    gaps = np.subtract(values["mrl"][metric], values["baseline"][metric])
+    told = {"metric": metric, "margin": margin, "alpha": alpha, "groups": groups, "seed": seed, "arms": arms}
+    return judge_folds(rows, **told, k=k, repeats=repeats, n_resamples=n_resamples, linear_probes=linear_probes).result
+
+
+def judge_folds(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    margin: float,
+    k: int,
+    repeats: int,
+    alpha: float,
+    groups: Mapping[str, Hashable] | None,
+    seed: int,
+    arms: tuple[str, str],
+    n_resamples: int = 10_000,
+    linear_probes: Mapping[str, float | None] | None = None,
+) -> Judged:
+    """`compare_fold_predictions`, and with it the primary interval at any other alpha."""
+    check_metric(metric)
+    cells = _cells(rows, k, repeats, groups, arms)
+    scores = {arm: {cell: score_all(p.target, p.probabilities[arm]) for cell, p in cells.items()} for arm in arms}
+    values = {arm: {m: [s[m] for s in scores[arm].values()] for m in METRICS} for arm in arms}
+    gaps = np.subtract(*(values[arm][metric] for arm in reversed(arms)))
     found, bayes = nadeau_bengio(gaps, k, alpha), correlated_t(gaps, k, margin)
     first = [{**row, "fold": 0} for row in rows if int(row["repeat"]) == 0]
-    told = {"metric": metric, "margin": margin, "alpha": alpha, "groups": groups, "seed": seed}
-    pooled = compare_predictions(first, **told, n_resamples=n_resamples)
-    primary = _primary(Interval(found.estimate, found.low, found.high, METHOD), pooled)
-    images = pair_predictions(first, groups)
+    told = {"metric": metric, "margin": margin, "alpha": alpha, "groups": groups, "seed": seed, "arms": arms}
+    inside = judge_pair(first, **told, n_resamples=n_resamples)
+    pooled = inside.result
+
+    def at(level: float) -> Interval:
+        over = nadeau_bengio(gaps, k, level)
+        return _primary(Interval(over.estimate, over.low, over.high, METHOD), inside.at(level))
+
+    primary = at(alpha)
+    images = pair_predictions(first, groups, arms)
     result = {
         **pooled,
         "method": primary.method,
         "arms": {
             arm: _arm(pooled["arms"][arm], values[arm], metric, k, alpha, (linear_probes or {}).get(arm))
-            for arm in ARMS
+            for arm in arms
         },
         "difference": asdict(primary),
         "test": {
@@ -110,8 +138,10 @@ def compare_fold_predictions(
         "scope": SCOPE.format(fits=k * repeats, share=f"{100 * (k - 1) / k:.0f} %"),
     }
     counts = np.bincount(images.target, minlength=len(images.classes))
-    warnings = [*_warnings(result, pooled), *about_images(images), *against_simple_rules(counts, plain(result))]
-    return plain({**result, "warnings": warnings})
+    said = _warnings(result, pooled)
+    warnings = [*said, *about_images(images), *against_simple_rules(counts, plain(result))]
+    p_value = found.p_value if primary.method == METHOD else None
+    return Judged(plain({**result, "warnings": warnings}), at, p_value, said)
 
 
 def compare_folds(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -133,42 +163,43 @@ def compare_folds(out: str | Path, *, overwrite: bool = False) -> dict[str, Any]
         Traceback (most recent call last):
         mrl.errors.ConfigError: no-such-run/protocol.yaml: no protocol yet; ...
     """
-    from mrl.protocol import load_protocol, was_changed
-
-    out = Path(out)
-    target = refuse_existing(out / "comparison.json", overwrite)
-    protocol = load_protocol(out)
-    rows, split = read_csv(out / "predictions.csv"), read_csv(out / "split.csv")
-    tested = {row["image"]: row for row in split if row["split"] != "test"}
-    check_same_images(rows, tested)
-    _same_folds(rows, tested)
-    evaluation = read_json(out / "evaluation.json")
-    probes = {arm: (evaluation["arms"].get(arm) or {}).get("linear_probe") for arm in ARMS}
-    told = {"metric": protocol.metric, "margin": protocol.margin, "alpha": protocol.alpha, "seed": protocol.seed}
-    k, repeats = protocol.folds["k"], protocol.folds["repeats"]
-    result = compare_fold_predictions(
-        rows, **told, k=k, repeats=repeats, groups=groups_of(out, tested), linear_probes=probes
-    )
+    run = read_compared(out, overwrite=overwrite)
+    protocol, tested = run.protocol, run.images(test=False)
+    check_same_images(run.rows, tested)
+    _same_folds(run.rows, tested)
+    last: Sequence[Mapping[str, Any]] = []
     if protocol.folds["n_frozen"]:
-        frozen = {row["image"]: row for row in split if row["split"] == "test"}
-        last = read_csv(out / FROZEN_FILE)
-        check_same_images(last, frozen)
-        whole = compare_predictions(last, **told, groups=groups_of(out, frozen))
-        arms = {arm: {key: whole["arms"][arm][key] for key in ("estimate", "low", "high", "n")} for arm in ARMS}
-        result["frozen"] = {
-            **{key: whole[key] for key in KEPT_OF_FROZEN}, "arms": arms, "mcnemar": whole["secondary"]["mcnemar"],
-        }  # fmt: skip
-    if was_changed(out):
-        result["warnings"].append("protocol.yaml was changed after it was written; this comparison follows the change.")
-    if evaluation.get("protocol_sha256", protocol.sha256()) != protocol.sha256():
-        result["warnings"].append("The predictions were made under another protocol than the one in this folder.")
-    result = {**result, "protocol_sha256": protocol.sha256(), "environment": environment()}
-    write_json(target, result)
-    return result
+        last = read_csv(run.out / FROZEN_FILE)
+        check_same_images(last, run.images(test=True))
+    dealt = {"k": protocol.folds["k"], "repeats": protocol.folds["repeats"], "groups": groups_of(run.out, tested)}
+
+    def judge(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str]) -> Judged:
+        found = judge_folds(rows, **run.told, **dealt, linear_probes=run.probes, arms=arms)
+        if last:
+            found.result["frozen"] = _frozen(run, last, arms)
+        return found
+
+    if protocol.n_comparisons == 1:
+        return run.write(judge(run.rows, ARMS).result)
+    return run.write(compare_family(run.rows, judge, protocol.arms, margin=protocol.margin, alpha=protocol.alpha))
+
+
+def _frozen(run: Compared, last: Sequence[Mapping[str, Any]], arms: tuple[str, str]) -> dict[str, Any]:
+    """Two arms on the frozen test set, as one hold-out; with several arms at alpha / m."""
+    told = {**run.told, "alpha": run.protocol.alpha / run.protocol.n_comparisons, "arms": arms}
+    rows = [row for row in last if row["arm"] in arms]
+    whole = compare_predictions(rows, **told, groups=groups_of(run.out, run.images(test=True)))
+    parts = {arm: {key: whole["arms"][arm][key] for key in ("estimate", "low", "high", "n")} for arm in arms}
+    kept = {key: whole[key] for key in KEPT_OF_FROZEN}
+    return {**kept, "arms": parts, "mcnemar": whole["secondary"]["mcnemar"]}
 
 
 def _cells(
-    rows: Sequence[Mapping[str, Any]], k: int, repeats: int, groups: Mapping[str, Hashable] | None
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    repeats: int,
+    groups: Mapping[str, Hashable] | None,
+    arms: tuple[str, str],
 ) -> dict[tuple[int, int], Pairs]:
     """Each fold's pairs; every repeat tests the same images, each of them once."""
     parts: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
@@ -181,7 +212,7 @@ def _cells(
             f"predictions.csv lacks the folds (repeat, fold) {lacking[:5]} and has {extra[:5]} beyond {repeats} x {k}; run "
             "`mrl fit` and `mrl evaluate --overwrite`."
         )
-    cells = {cell: pair_predictions(parts[cell], groups) for cell in wanted}
+    cells = {cell: pair_predictions(parts[cell], groups, arms) for cell in wanted}
     tested = [sorted(image for fold in range(k) for image in cells[r, fold].images) for r in range(repeats)]
     if any(images != tested[0] or len(set(images)) < len(images) for images in tested):
         raise DataError(
@@ -199,13 +230,13 @@ def _same_folds(rows: Sequence[Mapping[str, str]], tested: Mapping[str, Mapping[
         )
 
 
-def _primary(found: Interval, pooled: Mapping[str, Any]) -> Interval:
+def _primary(found: Interval, inside: Interval) -> Interval:
     """The corrected interval, widened to hold that of one repeat where the folds' differences know too little."""
     known = math.isfinite(found.low)
-    if known and not str(pooled["method"]).startswith("newcombe"):
+    if known and not inside.method.startswith("newcombe"):
         return found
-    other = [pooled["difference"][end] for end in ("low", "high")]
-    if None in other:
+    other = known_ends(inside)
+    if not all(map(math.isfinite, other)):
         return found
     ends = [*other, found.estimate, *([found.low, found.high] if known else [])]
     return Interval(found.estimate, min(ends), max(ends), WIDENED)
@@ -236,7 +267,7 @@ def _by_repeat(cells: Mapping[tuple[int, int], Pairs], repeats: int) -> list[lis
 
 def _apart(folds: Sequence[Pairs]) -> float:
     """The share of images of a repeat that one arm has right and the other wrong."""
-    apart = sum(float(np.sum(p.right("mrl") != p.right("baseline"))) for p in folds)
+    apart = sum(float(np.sum(p.change != 0)) for p in folds)
     return apart / sum(p.n for p in folds)
 
 
@@ -247,8 +278,9 @@ def _rows(
 ) -> list[dict[str, Any]]:
     found = []
     for (repeat, fold), pairs in cells.items():
-        by = {arm: scores[arm][repeat, fold][metric] for arm in ARMS}
-        found.append({"repeat": repeat, "fold": fold, "n": pairs.n, **by, "difference": by["mrl"] - by["baseline"]})
+        by = {arm: scores[arm][repeat, fold][metric] for arm in pairs.arms}
+        first, second = by.values()
+        found.append({"repeat": repeat, "fold": fold, "n": pairs.n, **by, "difference": second - first})
     return found
 
 

@@ -57,9 +57,9 @@ class SubsetSpace(FoldSpace):
         parts = nested_subsets(self.whole.rows, run.units, shares=(self.share,), seed=run.protocol.seed)
         return parts[self.share]
 
-    def budget(self, *sides: str) -> FitConfig:
-        """The run's budget with the updates that the whole of these sides would get."""
-        config = super().budget(*sides)
+    def budget(self, *sides: str, arm: str) -> FitConfig:
+        """The arm's budget with the updates that the whole of these sides would get."""
+        config = super().budget(*sides, arm=arm)
         return replace(config, min_updates=planned_updates(config, sum(row.split in sides for row in self.whole.rows)))
 
 

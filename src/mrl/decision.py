@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mrl.errors import ConfigError
 from mrl.stats import decide
+
+MRL = "mrl"
 
 LATENCY = "One image takes {ratio} times as long with MRL as without ({level} % interval {low} to {high}{where}): "
 SENTENCES = {
@@ -81,7 +84,10 @@ def decision_of(comparison: Mapping[str, Any], measure: Mapping[str, Any], proto
 
     Returns:
         decision: go, no-go or inconclusive; reasons: English sentences; reason_keys: for each the key of `SENTENCES`
-        and the texts that fill it, so that a report can say it in another language.
+        and the texts that fill it, so that a report can say it in another language. With more than two arms also `arm`,
+        the one they are about: of the arms that go the one with the highest score; where none goes, of those that are
+        not settled; else of all; and `decisions`, every arm's. The scores only order arms that have passed at levels
+        that count all of them.
 
     Example:
         >>> arm = {"estimate": 0.9}
@@ -97,12 +103,62 @@ def decision_of(comparison: Mapping[str, Any], measure: Mapping[str, Any], proto
         On 656 test images the accuracy is 90.0 % with MRL and 90.0 % without: a difference of 0.0 points (95 % interval
         -1.0 to +1.2).
     """
+    if comparison.get("comparisons"):
+        return _decision_of_many(comparison, measure, protocol)
+    return _decision_of_one(comparison, measure, protocol, MRL)
+
+
+def comparisons_of(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every arm's comparison with the baseline; with two arms the only one.
+
+    Example:
+        >>> comparisons_of({"verdict": "superior"})
+        [{'arm': 'mrl', 'verdict': 'superior'}]
+    """
+    return comparison.get("comparisons") or [{"arm": MRL, **comparison}]
+
+
+def latency_of(measure: Mapping[str, Any], arm: str) -> tuple[Mapping[str, Any], str | None]:
+    """An arm's latency ratio to the baseline, and its verdict.
+
+    Example:
+        >>> latency_of({"latency_ratio": {"estimate": 0.8}, "verdict": "faster"}, "mrl")
+        ({'estimate': 0.8}, 'faster')
+    """
+    for found in measure.get("comparisons") or []:
+        if found["arm"] == arm:
+            return found["latency_ratio"], found["verdict"]
+    if arm != MRL:
+        return {}, None
+    return measure.get("latency_ratio") or {}, measure.get("verdict")
+
+
+def _decision_of_many(comparison: Mapping[str, Any], measure: Mapping[str, Any], protocol: Any) -> dict[str, Any]:
+    each = {}
+    for one in comparison["comparisons"]:
+        arm = one["arm"]
+        ratio, verdict = latency_of(measure, arm)
+        each[arm] = _decision_of_one(
+            {**comparison, **one}, {**measure, "latency_ratio": ratio, "verdict": verdict}, protocol, arm
+        )
+    for decision in ("go", "inconclusive", "no-go"):
+        arms = [arm for arm, found in each.items() if found["decision"] == decision]
+        if arms:
+            best = max(arms, key=lambda arm: comparison["arms"][arm]["estimate"])
+            decisions = {arm: found["decision"] for arm, found in each.items()}
+            return {**each[best], "arm": best, "decisions": decisions}
+    raise ConfigError("comparison.json has no comparison; run `mrl compare --overwrite`.")
+
+
+def _decision_of_one(
+    comparison: Mapping[str, Any], measure: Mapping[str, Any], protocol: Any, arm: str
+) -> dict[str, Any]:
     ratio = measure.get("latency_ratio") or {}
     ends = _number(ratio.get("low")), _number(ratio.get("high"))
     cost = measure.get("verdict") or "not resolvable"
     slowest = float(protocol.max_slowdown)
     decision, steps = decide(comparison["verdict"], cost, ends, slowest)
-    said = [*_quality(comparison), _latency(measure, cost, slowest)]
+    said = [*_quality(comparison, arm), _latency(measure, cost, slowest)]
     for step in steps:
         params = dict(step.params)
         if "max_slowdown" in params:
@@ -110,12 +166,22 @@ def decision_of(comparison: Mapping[str, Any], measure: Mapping[str, Any], proto
         said.append((step.key, params))
     return {
         "decision": decision,
-        "reasons": [SENTENCES[key].format(**params) for key, params in said],
+        "reasons": [named(SENTENCES[key], arm).format(**params) for key, params in said],
         "reason_keys": [{"key": key, "params": params} for key, params in said],
     }
 
 
-def _quality(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+def named(text: str, arm: str) -> str:
+    """A sentence on MRL, said of another arm.
+
+    Example:
+        >>> named("MRL is superior.", "mrl"), named("MRL is superior.", "region4")
+        ('MRL is superior.', 'region4 is superior.')
+    """
+    return text if arm == MRL else text.replace("MRL", arm)
+
+
+def _quality(comparison: Mapping[str, Any], arm: str) -> list[tuple[str, dict[str, str]]]:
     difference, margin, verdict = comparison["difference"], 100 * comparison["margin"], comparison["verdict"]
     low, high = 100 * _number(difference.get("low")), 100 * _number(difference.get("high"))
     metric = comparison["metric"]
@@ -123,13 +189,14 @@ def _quality(comparison: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         "n": f"{comparison['n']:,}",
         "metric": metric,
         "metric_name": METRIC_NAMES.get(metric, metric),
-        **{arm: f"{100 * comparison['arms'][arm]['estimate']:.1f}" for arm in ("baseline", "mrl")},
+        "baseline": f"{100 * comparison['arms']['baseline']['estimate']:.1f}",
+        "mrl": f"{100 * comparison['arms'][arm]['estimate']:.1f}",
     }
     if math.isnan(low) or math.isnan(high):
         return [("scores_no_interval", numbers)]
     numbers["estimate"] = _texts([100 * difference["estimate"]], [0.0], signed=True)[0]
     numbers["low"], numbers["high"] = _texts([low, high], [0.0, -margin, margin], signed=True)
-    numbers["level"] = _level(comparison["alpha"])
+    numbers["level"] = _level(comparison.get("interval_alpha", comparison["alpha"]))
     folds = comparison.get("folds")
     said = [("scores_folds", {**numbers, "fits": f"{folds['n_fits']:,}"}) if folds else ("scores", numbers)]
     key = "equivalent_lower" if verdict == "equivalent" and high < 0 else verdict
@@ -164,7 +231,7 @@ def _number(value: float | None) -> float:
 
 
 def _level(alpha: float) -> str:
-    return f"{100 * (1 - alpha):g}"
+    return f"{100 * (1 - alpha):.4g}"
 
 
 def _two_digits(n: int) -> int:

@@ -72,7 +72,7 @@ def export(
 
     Args:
         out: the run folder, or a folder of mrl.save.
-        arm: of a run, baseline or mrl; without it mrl on a go, else baseline.
+        arm: of a run, baseline, mrl or another; without it the one that was decided for, else baseline.
         data: for a folder of mrl.save: labelled images that prove it, folder of class folders, CSV, or elpv.
         image_size: for a folder of mrl.save that does not say its own, in pixels.
         format: onnx, openvino or torch-export; other than onnx in fp32 it is OUT/model-FORMAT-PRECISION.

@@ -97,13 +97,13 @@ def join(run: Workspace, *, overwrite: bool = False) -> None:
     at = next(i for i, space in enumerate(spaces) if space.out == run.home)
     fits = {arm: _effort([read_json(s.arm(arm) / "fit.json") for s in spaces], at) for arm in run.protocol.arms}
     write_json(run.file(FITS_FILE), {**run.stamp(), "arms": fits})
-    calibrated = [
-        read_json(space.file("calibration.json")) for space in spaces if space.file("calibration.json").is_file()
-    ]
-    if calibrated:
-        at_home = read_json(run.home / "calibration.json")
-        sums = {key: sum(document[key] for document in calibrated) for key in ("seconds", "updates")}
-        write_json(run.file("calibration.json"), {**at_home, **sums, "n_calibrations": len(calibrated)})
+    for arm in run.protocol.arms:
+        files = [space.arm_file(arm, "calibration.json") for space in spaces]
+        calibrated = [read_json(file) for file in files if file.is_file()]
+        if calibrated:
+            sums = {key: sum(document[key] for document in calibrated) for key in ("seconds", "updates")}
+            document = {**read_json(files[at]), **sums, "n_calibrations": len(calibrated)}
+            write_json(run.arm_file(arm, "calibration.json"), document)
     found = [p for space in folds for p in read_predictions(space.file("predictions.csv"))]
     path.unlink(missing_ok=True)
     write_predictions(path, found)

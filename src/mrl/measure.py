@@ -25,6 +25,7 @@ from mrl.timing import MIN_BLOCKS, Blocks, Call, interleave, mean_interval, sche
 
 BACKENDS = ("eager", "onnxruntime")
 DECIDING_BLOCKS = 30
+ALPHA = 0.05  # of the intervals of the ratios, all together
 POOL = 32  # different images that the calls go through in turn
 SHARE = {"decides": 0.25, "protocol": 0.08, "other": 0.15}  # of the time budget, a row
 PATIENCE = 4  # a row that needs more than this many times its share is not measured
@@ -50,18 +51,18 @@ class Row:
 
 
 def measure_arms(models: Mapping[str, nn.Module], **options: Any) -> dict[str, Any]:
-    """`measure_models` for the two arms of a comparison, baseline first; the ratio is mrl / baseline.
+    """`measure_models` for the arms of a comparison, baseline first, then mrl; ratios are to the baseline.
 
     Args:
-        models: {"baseline": ..., "mrl": ...}.
+        models: {"baseline": ..., "mrl": ...}, and any others.
         options: those of `measure_models`.
 
     Raises:
-        ConfigError: other arms than these two.
+        ConfigError: one of these two is not there.
     """
-    if set(models) != {"baseline", "mrl"}:
+    if not {"baseline", "mrl"} <= set(models):
         raise ConfigError(f"measure_arms: arms {sorted(models)}; give 'baseline' and 'mrl'.")
-    return measure_models({arm: models[arm] for arm in ("baseline", "mrl")}, **options)
+    return measure_models({arm: models[arm] for arm in dict.fromkeys(("baseline", "mrl", *models))}, **options)
 
 
 def measure_models(
@@ -78,7 +79,7 @@ def measure_models(
     files: Sequence[Path | str] = (),
     preprocess: Any = None,
 ) -> dict[str, Any]:
-    """Times one model, or two side by side, on real images; the CPU, float32, torch's number of threads.
+    """Times one model, or several side by side, on real images; the CPU, float32, torch's number of threads.
 
     The row that decides is ONNX Runtime at the first batch size and `image_size`, at least 30 blocks. Other image sizes
     use ONNX Runtime at batch 1 on the same images resized, at least 5 blocks, or stand in `image_sizes_not_measured`
@@ -87,7 +88,8 @@ def measure_models(
     the model alone, one image at a time; with `files` and `preprocess` also from file to answer (`end_to_end`).
 
     Args:
-        models: name -> model, one or two; of two, the ratio is second / first. They are not altered.
+        models: name -> model. Ratios are to the first one; with m > 1 others, their intervals are of level
+            1 - 0.05 / m, so that all of them hold at once with 95 %. They are not altered.
         image_size: pixels along a side, or (height, width): the size that decides.
         images: real images, resized and normalised: (N, 3, H, W), or items that are (3, H, W) or have it under "image".
         backends: "eager" (torch), "onnxruntime".
@@ -104,7 +106,7 @@ def measure_models(
         not measured, with the reason.
 
     Raises:
-        ConfigError: not one or two models, an unknown backend, images that are not real, or a model that cannot run.
+        ConfigError: no model, an unknown backend, images that are not real, or a model that cannot run.
     """
     _check(models, backends, batches)
     start, size = time.monotonic(), image_pair(image_size)
@@ -137,6 +139,7 @@ def measure_models(
         "arms": arms,
         "verdict": deciding["verdict"],
         "latency_ratio": deciding["ratio"],
+        **_each(deciding),
         "million_images_hours": bench.hours,
         "end_to_end": end_to_end,
         "rows_not_measured": skipped,
@@ -147,8 +150,8 @@ def measure_models(
 
 
 def _check(models: Mapping[str, nn.Module], backends: Sequence[str], batches: Sequence[int]) -> None:
-    if not 1 <= len(models) <= 2:
-        raise ConfigError(f"measure: {len(models)} models; give one, or two to compare.")
+    if not models:
+        raise ConfigError("measure: 0 models; give one, or more to compare.")
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown or not backends:
         raise ConfigError(f"measure: backends {list(backends)}; choose from {', '.join(BACKENDS)}.")
@@ -228,7 +231,8 @@ class Bench:
         times = interleave(calls, blocks=blocks, calls_per_block=calls_per_block)
         if row.decides:
             self.hours = {arm: _hours(times[arm], row.batch, self.seed) for arm in times}
-        ratio = _ratio(times, self.seed)
+        ratios = _ratios(times, self.seed)
+        ratio = next(iter(ratios.values()), None)
         return {
             "backend": row.backend,
             "precision": "fp32",
@@ -238,8 +242,9 @@ class Bench:
             "n_blocks": blocks,
             "calls_per_block": calls_per_block,
             "arms": {arm: summary(times[arm], row.batch) for arm in times},
-            "ratio": None if ratio is None else {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high},
+            "ratio": None if ratio is None else _ends(ratio),
             "verdict": None if ratio is None else latency_verdict(ratio),
+            **({"ratios": {arm: _ends(found) for arm, found in ratios.items()}} if len(ratios) > 1 else {}),
             "decides": row.decides,
             "note": f"only {blocks} blocks, to save time" if blocks < DECIDING_BLOCKS else None,
         }
@@ -365,11 +370,26 @@ def at_image_size(model: nn.Module, image_size: int | Size) -> nn.Module:
     return copy
 
 
-def _ratio(times: Blocks, seed: int) -> Interval | None:
-    if len(times) < 2:
-        return None
-    first, second = (np.asarray(blocks) for blocks in times.values())
-    return ratio_of_medians(first, second, seed=seed)
+def _ratios(times: Blocks, seed: int) -> dict[str, Interval]:
+    """The ratio of every model but the first to the first."""
+    first, *others = times
+    alpha = ALPHA / max(len(others), 1)
+    told = {"seed": seed, "alpha": alpha}
+    return {arm: ratio_of_medians(np.asarray(times[first]), np.asarray(times[arm]), **told) for arm in others}
+
+
+def _ends(ratio: Interval) -> dict[str, float]:
+    return {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high}
+
+
+def _each(deciding: Mapping[str, Any]) -> dict[str, Any]:
+    """With several models beside the first: the level of the intervals, and every one's ratio and verdict."""
+    ratios = deciding.get("ratios")
+    if not ratios:
+        return {}
+    said = {arm: latency_verdict(Interval(**ends, method="")) for arm, ends in ratios.items()}
+    found = [{"arm": arm, "latency_ratio": ends, "verdict": said[arm]} for arm, ends in ratios.items()]
+    return {"alpha": ALPHA / len(ratios), "comparisons": found}
 
 
 def _hours(blocks: Sequence[Sequence[float]], batch: int, seed: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from mrl.models.build import build_model, preprocess_of
 from mrl.report.figures import Guides, Span, intervals
 from mrl.side_by_side import measure_side_by_side, merge, table
 from mrl.swap import load
-from mrl.workspace import ARMS, Workspace
+from mrl.workspace import Workspace
 
 POOL = 32  # images that the calls go through in turn
 JSON, PAGE = "measure.json", "measure.html"
@@ -85,7 +85,7 @@ def _subjects(given: str, size: int) -> dict[str, nn.Module | Path]:
         return {given: path}
     if (path / "protocol.yaml").is_file():
         space = Workspace(path)
-        arms = [arm for arm in ARMS if (space.arm(arm) / "model").is_dir()]
+        arms = [arm for arm in space.protocol.arms if (space.arm(arm) / "model").is_dir()]
         if not arms:
             raise ConfigError(f"{given}: no arm is fitted yet; run `mrl fit --out {given}` first.")
         return {f"{given}/{arm}": space.fitted(arm) for arm in arms}

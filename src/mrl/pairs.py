@@ -34,6 +34,17 @@ class Pairs:
     unit: np.ndarray
 
     @property
+    def arms(self) -> tuple[str, ...]:
+        """The two names, the one that the other is compared with first."""
+        return tuple(self.probabilities)
+
+    @property
+    def change(self) -> np.ndarray:
+        """(n,) 1 where only the second arm is right, -1 where only the first is, else 0."""
+        first, second = map(self.right, self.arms)
+        return second - first
+
+    @property
     def n(self) -> int:
         """Number of images."""
         return len(self.images)
@@ -53,12 +64,15 @@ class Pairs:
         return (self.probabilities[arm].argmax(1) == self.target).astype(float)
 
 
-def pair_predictions(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Hashable] | None = None) -> Pairs:
+def pair_predictions(
+    rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Hashable] | None = None, pair: tuple[str, str] = ARMS
+) -> Pairs:
     """Checks the rows of `predictions.csv` and pairs the two arms image by image.
 
     Args:
         rows: one an image and arm: image, target, arm, repeat, fold, seed, p_<class>...
         groups: image -> group; images without one (absent or None) stand alone.
+        pair: the names of the two arms.
 
     Raises:
         DataError: naming what is wrong: columns, arms, several hold-outs, a row twice, images or targets that differ
@@ -74,15 +88,15 @@ def pair_predictions(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Has
         raise DataError(f"{FILE} has no rows; run `mrl evaluate` for both arms.")
     classes = _classes(rows)
     arms = sorted({str(row["arm"]) for row in rows})
-    if arms != sorted(ARMS):
-        raise DataError(f"{FILE} has the arms {arms}, not {sorted(ARMS)}; run `mrl evaluate` for both arms.")
+    if arms != sorted(pair):
+        raise DataError(f"{FILE} has the arms {arms}, not {sorted(pair)}; run `mrl evaluate` for both arms.")
     splits = {tuple(str(row.get(key)) for key in ("repeat", "fold")) for row in rows}
     if len(splits) > 1:
         raise DataError(
             f"{FILE} has {len(splits)} different hold-outs (repeat, fold); one is compared at a time: the images of "
             "several training runs are not independent. Use --preset quick."
         )
-    tables: dict[str, dict[str, Mapping[str, Any]]] = {arm: {} for arm in ARMS}
+    tables: dict[str, dict[str, Mapping[str, Any]]] = {arm: {} for arm in pair}
     twice = []
     for row in rows:
         table = tables[str(row["arm"])]
@@ -97,7 +111,7 @@ def pair_predictions(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Has
 def _paired(
     tables: Mapping[str, Mapping[str, Mapping[str, Any]]], classes: tuple[str, ...], groups: Mapping[str, Hashable]
 ) -> Pairs:
-    first, second = (tables[arm] for arm in ARMS)
+    first, second = tables.values()
     if apart := sorted(first.keys() ^ second.keys()):
         raise DataError(f"{FILE}: {_some(apart)} scored by one arm only; evaluate both arms on the same test side.")
     images = tuple(sorted(first))
@@ -113,7 +127,7 @@ def _paired(
         images=images,
         classes=classes,
         target=np.array([index[first[image]["target"]] for image in images]),
-        probabilities={arm: _probabilities([tables[arm][i] for i in images], arm, classes) for arm in ARMS},
+        probabilities={arm: _probabilities([tables[arm][i] for i in images], arm, classes) for arm in tables},
         unit=np.array([units[_unit(image, groups)] for image in images]),
     )
 

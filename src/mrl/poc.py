@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mrl import curve, folds, results, steps
+from mrl.arms import BASELINE, MRL, check_arm, read_arms
 from mrl.errors import ConfigError
 from mrl.fit import FitConfig
 from mrl.run import say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig
-from mrl.workspace import ARMS, Workspace, spaces_of
+from mrl.workspace import Workspace, spaces_of
 
 OWN_FILES = (
     "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "curve.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
@@ -40,6 +41,7 @@ def poc(
     margin: float = 0.03,
     alpha: float = 0.05,
     max_slowdown: float = 1.0,
+    arms: str | None = None,
     arm: str | None = None,
     lang: str = "en",
     price_per_hour: float | None = None,
@@ -70,25 +72,28 @@ def poc(
         margin: the largest loss of the metric that still counts as equivalent, a fraction.
         alpha: of the two-sided intervals.
         max_slowdown: how much slower a superior arm may be and still go; 1.2 is 20 %.
-        arm: export this arm, whatever the decision: baseline or mrl.
+        arms: YAML file with more arms, each compared with the baseline: a list of name and any of model, weights, swap,
+            region, layers and budget; what is left out is the run's.
+        arm: export this arm, whatever the decision: baseline, mrl, or one of --arms.
         lang: of the report: en or ja.
         price_per_hour: of this machine, to show the cost of a million images.
         currency: of that price, such as EUR.
         overwrite: throw away the run that is in --out and start anew.
-        budget: of the fit, the same for both arms.
-        calibration: of the swapped arm; standard and full calibrate anew in each fold, on at most 640 images of its
+        budget: of the fit, the same for all arms that say nothing else.
+        calibration: of the swapped arms; standard and full calibrate anew in each fold, on at most 640 images of its
             training side unless a flag here says otherwise.
 
     Raises:
         MrlError: wrong input, in one sentence.
     """
     size = tuple(image_size) if isinstance(image_size, (list, tuple)) else image_size
+    more = read_arms(arms)
     request = Request(
         model, data, weights, test, weights_unseen, size, region, swap, layers, preset, seed, on_bad, group_near, bit_depth, margin, alpha,
-        max_slowdown, budget, calibration,
+        max_slowdown, budget, calibration, more,
     )  # fmt: skip
-    if arm is not None and arm not in ARMS:
-        raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
+    if arm is not None:
+        check_arm(arm, [BASELINE, MRL, *(str(entry.get("name")) for entry in more)])
     if lang not in ("en", "ja"):
         raise ConfigError(f"--lang {lang}: unknown; use en or ja.")
     start = time.monotonic()
@@ -114,12 +119,12 @@ def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
     """Training and predictions: of one hold-out, or fold by fold."""
     if not space.protocol.folds:
         return [
-            *((f"arms/{name}/model", lambda name=name: steps.fit_step(space, name)) for name in ARMS),
+            *((f"arms/{name}/model", lambda name=name: steps.fit_step(space, name)) for name in space.protocol.arms),
             ("predictions.csv", lambda: results.evaluate_step(space)),
         ]
 
     def through(fold: Workspace) -> None:
-        for name in ARMS:
+        for name in space.protocol.arms:
             folds.fit_fold(fold, name)
         folds.score_fold(fold)
 

@@ -36,7 +36,7 @@ class Protocol:
         layers: indices of the blocks to swap; None is all.
         preset: how the data is split.
         seeds: of the split and the training.
-        arms: names of the two arms.
+        arms: names of the arms, the baseline first; each other one is compared with it.
         metric: the primary metric, a fraction.
         margin: the largest loss of the metric that still counts as equivalent, a fraction.
         alpha: of the two-sided intervals.
@@ -50,6 +50,8 @@ class Protocol:
         mde: the minimum detectable effect of this many test images.
         folds: of repeated k-fold: k, repeats, n_frozen (images of the frozen test set) and the primary test; empty for one
             hold-out, and then not a part of the file or of its hash.
+        arm_settings: of every arm beside baseline and mrl: model, weights, swap, region, layers, budget; where there are
+            none, not a part of the file or of its hash.
         task: what is learned.
         schema: version of this file's layout.
 
@@ -83,13 +85,14 @@ class Protocol:
     decision: dict[str, Any] = field(default_factory=lambda: {"rule": RULE, "max_slowdown": 1.0})
     mde: dict[str, Any] = field(default_factory=dict)
     folds: dict[str, Any] = field(default_factory=dict)
+    arm_settings: dict[str, Any] = field(default_factory=dict)
     task: str = "classification"
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, without the hash."""
         fields = dataclasses.asdict(self)
-        return plain({k: v for k, v in fields.items() if k != "folds" or v})
+        return plain({k: v for k, v in fields.items() if k not in ("folds", "arm_settings") or v})
 
     def sha256(self) -> str:
         """The hash of the fields, independent of their order."""
@@ -99,6 +102,11 @@ class Protocol:
     def max_slowdown(self) -> float:
         """How much slower a superior arm may be and still go."""
         return float(self.decision.get("max_slowdown", 1.0))
+
+    @property
+    def n_comparisons(self) -> int:
+        """Arms that are compared with the baseline."""
+        return len(self.arms) - 1
 
     @property
     def seed(self) -> int:

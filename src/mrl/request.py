@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mrl.arms import BASELINE, MRL, Arm, settle
 from mrl.data import Audit, Folds, SplitRow
 from mrl.errors import ConfigError
 from mrl.fit_config import FitConfig
@@ -51,7 +52,8 @@ class Request:
         alpha: of the two-sided intervals.
         max_slowdown: how much slower a superior arm may be and still go.
         budget: of the fit, for both arms.
-        calibration: of the swapped arm.
+        calibration: of the swapped arms.
+        arms: more arms, the entries of the file of `--arms`.
     """
 
     model: str
@@ -73,6 +75,12 @@ class Request:
     max_slowdown: float = 1.0
     budget: FitConfig = field(default_factory=FitConfig)
     calibration: CalibrateConfig = field(default_factory=CalibrateConfig)
+    arms: list[dict[str, Any]] = field(default_factory=list)
+
+    def more_arms(self) -> dict[str, dict[str, Any]]:
+        """Every setting of the arms beside baseline and mrl, by name."""
+        own = Arm(MRL, self.model, self.weights, self.swap, self.region, self.layers, self.budget)
+        return settle(self.arms, own, seen=bool(self.test or self.weights_unseen))
 
     def check(self) -> None:
         """Raises ConfigError for a value that cannot be, in one sentence each."""
@@ -98,6 +106,7 @@ class Request:
                 "weights of your own may have seen these images, and then the test would flatter the model: give images they "
                 "have not seen with --test FOLDER|CSV, or say --weights-unseen."
             )
+        self.more_arms()
 
 
 def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Folds) -> Protocol:
@@ -111,19 +120,21 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
     counts = audit.to_dict()["class_counts"]
     size = pair_of(request.image_size)
     folds: dict[str, Any] = {}
-    calibration = request.calibration
+    calibration, more = request.calibration, request.more_arms()
+    for settings in more.values():
+        settings["weights_sha256"] = _weights_hash(settings["model"], settings["weights"])
+    alpha = request.alpha / (1 + len(more))  # the strictest level at which Holm may judge an arm
     if isinstance(split, Folds):
         folds = {"k": split.k, "repeats": split.repeats, "n_frozen": split.n_frozen, "test": "corrected_t"}
         n_test = len(split.rows) - split.n_frozen
         effects = {
-            str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=request.alpha)
-            for p in DISAGREEMENT
+            str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=alpha) for p in DISAGREEMENT
         }
         if calibration == CalibrateConfig():
             calibration = replace(calibration, max_images=FOLD_CALIBRATION)
     else:
         n_test = sum(row.split == "test" for row in split)
-        effects = {str(p): _detectable(n_test, p, request.alpha) for p in DISAGREEMENT}
+        effects = {str(p): _detectable(n_test, p, alpha) for p in DISAGREEMENT}
     return Protocol(
         data={
             "source": str(request.data),
@@ -139,7 +150,7 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         },
         model=request.model,
         weights=request.weights,
-        weights_sha256=_weights_hash(request),
+        weights_sha256=_weights_hash(request.model, request.weights),
         weights_unseen=request.weights_unseen,
         image_size=tuple(int(n) for n in size),
         region=request.region,
@@ -147,6 +158,8 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         layers=request.layers,
         preset=request.preset,
         seeds=[request.seed],
+        arms=[BASELINE, MRL, *more],
+        arm_settings=more,
         metric=primary_metric(counts),
         margin=request.margin,
         alpha=request.alpha,
@@ -154,7 +167,7 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         calibration=asdict(calibration),
         latency={"backend": "onnxruntime", "precision": "fp32", "batch": 1, "image_size": [int(n) for n in size]},
         decision={"rule": RULE, "max_slowdown": request.max_slowdown},
-        mde={"n_test": n_test, "power": 0.8, "alpha": request.alpha, "by_disagreement": effects},
+        mde={"n_test": n_test, "power": 0.8, "alpha": alpha, "by_disagreement": effects},
         folds=folds,
     )
 
@@ -165,8 +178,8 @@ def _detectable(n: int, disagreement: float, alpha: float) -> float:
     return exact if exact == exact else minimum_detectable_effect(n, disagreement, power=0.8, alpha=alpha)
 
 
-def _weights_hash(request: Request) -> str | None:
-    for candidate in (request.weights, request.model):
+def _weights_hash(model: str, weights: str | None) -> str | None:
+    for candidate in (weights, model):
         if candidate and Path(candidate).is_file():
             return sha256_file(candidate)
         if candidate and (Path(candidate) / "model.safetensors").is_file():
@@ -188,8 +201,13 @@ def say_mde(protocol: Protocol) -> None:
             f"images in {folds['k']} folds x {folds['repeats']} repeats, {folds['k'] * folds['repeats']} fits an arm,"
         )
     say(
-        f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} {kind} can show {shown or 'no difference below 20 points'}."
+        f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} {kind} can show {shown or 'no difference below 20 points'}{_level(protocol)}."
     )
+
+
+def _level(protocol: Protocol) -> str:
+    m = protocol.n_comparisons
+    return f" ({m} comparisons: at alpha {protocol.mde['alpha']:.4g})" if m > 1 else ""
 
 
 def pair_of(size: int | tuple[int, ...] | list[int]) -> tuple[int, int]:

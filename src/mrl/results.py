@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mrl.arms import BASELINE, MRL, check_arm
 from mrl.compare import compare
 from mrl.compare_folds import compare_folds
 from mrl.data import ImageSet, Preprocess, header_of, load_source
-from mrl.decision import decision_of
+from mrl.decision import comparisons_of, decision_of, latency_of
 from mrl.deploy.formats import check_choice
 from mrl.errors import ConfigError
 from mrl.evaluate import evaluate_arm, write_evaluation, write_predictions
@@ -21,7 +22,7 @@ from mrl.models.build import preprocess_of
 from mrl.report import report
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.swap import load
-from mrl.workspace import ARMS, Workspace
+from mrl.workspace import Workspace
 
 PARITY_IMAGES = 256
 MEASURE_SECONDS = 45.0  # that `mrl measure` takes, about
@@ -29,11 +30,11 @@ OTHER_SIZES = (224, 448, 896)  # pixels, measured beside the protocol's
 
 
 def evaluate_step(space: Workspace, *, overwrite: bool = False) -> None:
-    """Scores both fitted arms once on the test side; writes `predictions.csv` and `evaluation.json`."""
+    """Scores the fitted arms once on the test side; writes `predictions.csv` and `evaluation.json`."""
     path = refuse_existing(space.file("predictions.csv"), overwrite)
-    images = space.image_set("test")
     found, parts = [], {}
     for arm in space.protocol.arms:
+        images = space.image_set("test", arm=arm)
         say(f"predicting {len(images)} test images with {arm}")
         predictions, parts[arm] = evaluate_arm(
             space.fitted(arm),
@@ -55,11 +56,14 @@ def compare_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]
     found = (compare_folds if space.protocol.folds else compare)(space.out, overwrite=overwrite)
     for arm, score in found["arms"].items():
         say(f"{arm}: {space.protocol.metric} {_percent(score)}")
-    difference = found["difference"]
-    ends = [difference[k] for k in ("low", "high")]
-    points = "no interval" if None in ends else ", ".join(f"{100 * end:+.1f}" for end in ends)
-    how = f" ({found['folds']['n_fits']} fits an arm, {found['method']})" if found.get("folds") else ""
-    say(f"mrl - baseline: {100 * difference['estimate']:+.1f} points ({points}): {found['verdict']}{how}")
+    for one in comparisons_of(found):
+        difference = one["difference"]
+        ends = [difference[k] for k in ("low", "high")]
+        points = "no interval" if None in ends else ", ".join(f"{100 * end:+.1f}" for end in ends)
+        how = f" ({found['folds']['n_fits']} fits an arm, {one['method']})" if found.get("folds") else ""
+        if found.get("comparisons"):
+            how += f", {100 * (1 - one['interval_alpha']):.4g} % interval, p after Holm {one['p_adjusted']:.3f}"
+        say(f"{one['arm']} - baseline: {100 * difference['estimate']:+.1f} points ({points}): {one['verdict']}{how}")
     return found
 
 
@@ -71,7 +75,7 @@ def _percent(score: dict[str, Any]) -> str:
 
 
 def measure_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]:
-    """Measures both fitted arms side by side; writes `measure.json`."""
+    """Measures the fitted arms side by side; writes `measure.json`."""
     path = refuse_existing(space.file("measure.json"), overwrite)
     protocol = space.protocol
     test = space.image_set("test")
@@ -83,15 +87,15 @@ def measure_step(space: Workspace, *, overwrite: bool = False) -> dict[str, Any]
         images=images,
         seed=protocol.seed,
         other_sizes=OTHER_SIZES,
-        time_budget_s=MEASURE_SECONDS,
+        time_budget_s=MEASURE_SECONDS * len(models) / 2,
         files=[s.path for s in test.samples[:64]],
         preprocess=space.preprocess,
     )
     write_json(path, {**space.stamp(), **found})
-    ratio = found["latency_ratio"]
-    say(
-        f"latency mrl / baseline: x{ratio['estimate']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}): {found['verdict']}"
-    )
+    for arm in [arm for arm in models if arm != BASELINE]:
+        ratio, verdict = latency_of(found, arm)
+        text = f"x{ratio['estimate']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+        say(f"latency {arm} / baseline: {text}: {verdict}")
     return found
 
 
@@ -117,33 +121,32 @@ def export_step(
     check_choice(format, precision)
     path = refuse_existing(space.file(file_name(format, precision)), overwrite)
     if arm is None:
-        arm = "mrl" if decide_step(space)["decision"] == "go" else "baseline"
-    elif arm not in ARMS:
-        raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
-    protocol = space.protocol
-    test = space.image_set("test")
+        decided = decide_step(space)
+        arm = decided.get("arm", MRL) if decided["decision"] == "go" else BASELINE
+    protocol, chosen = space.protocol, space.arms[check_arm(arm, space.protocol.arms)]
+    test = space.image_set("test", arm=arm)
     files = [space.audit.files[sample.image] for sample in test.samples]
     images: Any = [test[i]["image"] for i in _varied([(file.size, file.mode) for file in files], PARITY_IMAGES)]
     lossy = Lossy(precision, max_drop)
     if precision != "fp32":
-        judges = test if precision == "int8" else space.image_set("val", "test")
+        judges = test if precision == "int8" else space.image_set("val", "test", arm=arm)
         images, more = judges, {}
         if precision == "int8":
-            train, val = space.image_set("train"), space.image_set("val")
+            train, val = space.image_set("train", arm=arm), space.image_set("val", arm=arm)
             more = {"calibration": _Items(train), "validation": _Items(val), "validation_targets": val.labels}
         lossy = Lossy(precision, max_drop, protocol.metric, judges.labels, **more)
     meta = {
         "arm": arm,
         "protocol_sha256": protocol.sha256(),
         "seed": protocol.seed,
-        "model": protocol.model,
-        "weights": protocol.weights,
+        "model": chosen.model,
+        "weights": chosen.weights,
         "data_terms": space.source.terms,
     }
     found = export_model(
         space.fitted(arm),
         path,
-        preprocess=space.preprocess,
+        preprocess=space.preprocess_for(arm),
         classes=space.source.classes,
         images=images,
         meta=meta,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mrl.arms import MRL, check_arm
 from mrl.checkpoint import drop_checkpoint
 from mrl.data import (
     Folds,
@@ -21,15 +22,15 @@ from mrl.data import (
     write_split,
 )
 from mrl.data.audit import audit as audit_images
-from mrl.errors import ConfigError, DataError
-from mrl.fit import fit, refit
+from mrl.errors import ConfigError, DataError, MrlError
+from mrl.fit import FitConfig, fit, refit
 from mrl.models import build_model
 from mrl.protocol import Protocol, was_changed, write_protocol
 from mrl.request import Request, make_protocol, pair_of, say_mde
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
-from mrl.workspace import ARMS, Workspace
+from mrl.workspace import Workspace
 
 FOLD_PRESETS = ("standard", "full")
 FEATURES, INNER = "features.safetensors", "inner"  # in the folder of an arm of a fold
@@ -85,8 +86,8 @@ def _same_protocol(space: Workspace, asked: Protocol) -> None:
     there = space.protocol
     if there.sha256() != asked.sha256():
         a, b = there.to_dict(), asked.to_dict()
-        differing = [k for k in a if a[k] != b[k]]
-        shown = "; ".join(f"{k}: {a[k]} there, {b[k]} asked" for k in differing[:2])
+        differing = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        shown = "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} asked" for k in differing[:2])
         raise ConfigError(
             f"--out {space.out} holds a run of another protocol ({shown}); choose another --out, or say --overwrite."
         )
@@ -129,6 +130,10 @@ def open_run(space: Workspace, given: dict[str, Any], *, overwrite: bool = False
                 raise ConfigError(
                     f"{space.file('protocol.yaml')} has another {name}; leave those flags out, or use a new --out."
                 )
+        elif name == "arms":
+            there_are = Request(**{**there, "budget": FitConfig(**protocol.budget), "arms": value}).more_arms()
+            if list(there_are) != protocol.arms[2:]:
+                raise ConfigError(f"--arms: the protocol of {space.out} has {protocol.arms}; use a new --out.")
         elif (pair_of(value) if name == "image_size" else value) != there[name]:
             flag = name.replace("_", "-")
             raise ConfigError(
@@ -141,6 +146,13 @@ def check_model(request: Request) -> None:
     """Builds the model without its weights and plans the swap, so that a wrong name or region fails before any work."""
     net = build_model(request.model, None, image_size=pair_of(request.image_size))
     plan(net, region=request.region, layers=request.layers)
+    for name, arm in request.more_arms().items():
+        try:
+            net = build_model(arm["model"], arm["weights"], image_size=pair_of(request.image_size))
+            if arm["swap"] != "none":
+                plan(net, region=arm["region"], layers=arm["layers"])
+        except MrlError as error:
+            raise ConfigError(f"--arms: {name}: {error}") from error
 
 
 def resolve_swap(
@@ -172,21 +184,21 @@ def write_plan(
     return document
 
 
-def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = False) -> Plan:
-    """Plans the swap of the protocol, resolves "auto", writes `plan.json`.
+def plan_step(space: Workspace, model: torch.nn.Module, arm: str = MRL, *, overwrite: bool = False) -> Plan:
+    """Plans the swap of an arm, resolves "auto", writes `plan.json`.
 
     It times the blocks on a real training image. With folds every image is tested once, so it takes noise instead, once
     for all folds: one architecture is compared, and no image takes part in its choice.
     """
-    refuse_existing(space.file("plan.json"), overwrite)
-    protocol = space.protocol
+    path = refuse_existing(space.arm_file(arm, "plan.json"), overwrite)
+    protocol, chosen = space.protocol, space.arms[arm]
     if protocol.folds:
         noise = torch.Generator().manual_seed(protocol.seed)
         image = torch.randn(1, 3, *protocol.image_size, generator=noise)
     else:
-        image = space.image_set("train")[0]["image"][None]
-    found, setting = resolve_swap(model, protocol.swap, protocol.region, protocol.layers, image)
-    write_plan(space.file("plan.json"), found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
+        image = space.image_set("train", arm=arm)[0]["image"][None]
+    found, setting = resolve_swap(model, chosen.swap, chosen.region, chosen.layers, image)
+    write_plan(path, found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
     ratio = found.predicted_latency_ratio
     say(
         f"swap: {len(found.names)} modules, {setting}; predicted time of the blocks x{ratio:.2f} of the original at {protocol.image_size[0]} px."
@@ -194,17 +206,17 @@ def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = Fal
     return found
 
 
-def swap_step(space: Workspace, model: torch.nn.Module) -> Handle:
-    """Swaps as `plan.json` says, without planning again."""
-    stored = read_json(space.file("plan.json"))
+def swap_step(space: Workspace, model: torch.nn.Module, arm: str = MRL) -> Handle:
+    """Swaps as the arm's `plan.json` says, without planning again."""
+    stored = read_json(space.arm_file(arm, "plan.json"))
     names = [row["name"] for row in stored["rows"] if row["action"] == "swap"]
     config = SwapConfig(**stored["config"])
-    return swap_(model, plan(model, region=space.protocol.region, target=names, config=config))
+    return swap_(model, plan(model, region=space.arms[arm].region, target=names, config=config))
 
 
-def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, Any]:
-    """Calibrates on the inner training images only; writes the model to `folder` and `calibration.json`."""
-    images = space.image_set("train")
+def calibrate_step(space: Workspace, handle: Handle, folder: Path, arm: str = MRL) -> dict[str, Any]:
+    """Calibrates on the inner training images only; writes the model to `folder` and the arm's `calibration.json`."""
+    images = space.image_set("train", arm=arm)
     config = CalibrateConfig(**{**space.protocol.calibration, "seed": space.seed})
     say(
         f"calibrating {len(handle.names)} mixers on {min(len(images), config.max_images)} training images, without labels"
@@ -213,22 +225,23 @@ def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, 
     loader = make_loader(images, 64, shuffle_seed=config.seed)
     report = calibrate(handle, loader, config=config, checkpoint=unfinished)
     save(handle.model, folder, overwrite=True)
-    document = {**space.stamp(), "setting": read_json(space.file("plan.json"))["setting"], **report.to_dict()}
-    write_json(space.file("calibration.json"), document)
+    setting = read_json(space.arm_file(arm, "plan.json"))["setting"]
+    document = {**space.stamp(), "setting": setting, **report.to_dict()}
+    write_json(space.arm_file(arm, "calibration.json"), document)
     drop_checkpoint(unfinished)
     say(f"calibrated: {report.summary()} on held-out images, {report.updates} updates, {report.seconds:.0f} s.")
     return document
 
 
-def swapped_start(space: Workspace) -> torch.nn.Module:
-    """The swapped and calibrated start of the arm, made now or read back."""
-    calibrated = space.arm("mrl") / "calibrated"
-    if calibrated.is_dir() and space.file("calibration.json").is_file():
+def swapped_start(space: Workspace, arm: str = MRL) -> torch.nn.Module:
+    """The swapped and calibrated start of an arm, made now or read back."""
+    calibrated = space.arm(arm) / "calibrated"
+    if calibrated.is_dir() and space.arm_file(arm, "calibration.json").is_file():
         return load(calibrated)
-    model = space.new_classifier().eval()
-    if not space.file("plan.json").is_file():
-        plan_step(space, model)
-    calibrate_step(space, swap_step(space, model), calibrated)
+    model = space.new_classifier(arm).eval()
+    if not space.arm_file(arm, "plan.json").is_file():
+        plan_step(space, model, arm)
+    calibrate_step(space, swap_step(space, model, arm), calibrated, arm)
     return load(calibrated)
 
 
@@ -238,19 +251,19 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     In a fold it fits twice. The first, on the inner part of the fold's training side, chooses the strength of the probe
     and the update that is kept, on the fold's inner validation side; the second, on the whole training side, runs as far
     and chooses nothing. Every fold chooses anew inside its own training side: one choice for all folds would have been
-    made on images that other folds test. Both arms have the same candidates, seeds and start.
+    made on images that other folds test. All arms have the same seeds and, where theirs do not differ, the same budget.
     """
-    if arm not in ARMS:
-        raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
+    check_arm(arm, space.protocol.arms)
     folder = space.arm(arm)
     refuse_existing(folder / "model", overwrite)
     if overwrite and folder.exists():
-        shutil.rmtree(folder)
+        for path in [path for path in folder.iterdir() if path.name != "plan.json"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    protocol, config = space.protocol, space.budget("train")
+    protocol, config = space.protocol, space.budget("train", arm=arm)
     model = _start(space, arm)
-    train = space.image_set("train", augment=config.augment, seed=space.seed)
-    val = space.image_set("val")
+    train = space.image_set("train", augment=config.augment, seed=space.seed, arm=arm)
+    val = space.image_set("val", arm=arm)
     meta = {"protocol_sha256": protocol.sha256()}
     told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
     say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
@@ -260,13 +273,13 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
         kept = folder / FEATURES
         chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta)
         model = _start(space, arm)
-        whole = space.image_set("train", "val", augment=config.augment, seed=space.seed)
+        whole = space.image_set("train", "val", augment=config.augment, seed=space.seed, arm=arm)
         say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
-        refit(model, whole, chosen, space.budget("train", "val"), folder, meta=meta, features=kept)
+        refit(model, whole, chosen, space.budget("train", "val", arm=arm), folder, meta=meta, features=kept)
     about = {
         **space.stamp(),
         "arm": arm,
-        "preprocess": space.preprocess.to_dict(),
+        "preprocess": space.preprocess_for(arm).to_dict(),
         "classes": list(space.source.classes),
         "seed": space.seed,
     }
@@ -280,4 +293,4 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
 
 def _start(space: Workspace, arm: str) -> torch.nn.Module:
     """What an arm's fit begins from; the same every time it is asked for."""
-    return space.new_classifier() if arm == "baseline" else swapped_start(space)
+    return swapped_start(space, arm) if space.arms[arm].swapped else space.new_classifier(arm)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mrl.arms import BASELINE, MRL, Arm, arms_of
 from mrl.data import (
     Audit,
     Folds,
@@ -35,7 +36,6 @@ from mrl.swap import load
 if TYPE_CHECKING:
     from torch import nn
 
-ARMS = ("baseline", "mrl")
 LAST = "last"  # the fold of a fit on all images but the frozen ones
 
 
@@ -75,6 +75,15 @@ class Workspace:
         """The folder of an arm."""
         return self.home / "arms" / name
 
+    def arm_file(self, arm: str, name: str) -> Path:
+        """The `plan.json` or `calibration.json` of a swapped arm: the run's own for `mrl`, else one in its folder."""
+        return self.file(name if arm == MRL else f"arms/{arm}/{name}")
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """All arms of the protocol, the baseline first."""
+        return arms_of(self.protocol)
+
     @property
     def seed(self) -> int:
         """Of the training."""
@@ -85,9 +94,9 @@ class Workspace:
         """Whether a fit on the whole training side follows the one that chooses."""
         return False
 
-    def budget(self, *sides: str) -> FitConfig:
-        """How an arm is fitted on these sides of the split, the same for all arms."""
-        return FitConfig(**self.protocol.budget)
+    def budget(self, *sides: str, arm: str) -> FitConfig:
+        """How an arm is fitted on these sides of the split."""
+        return self.arms[arm].budget
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -122,9 +131,25 @@ class Workspace:
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        """What an image goes through before the model, in training and afterwards."""
+        """What an image goes through before the run's own model, in training and afterwards."""
+        return self._preprocess_of(self.protocol.model)
+
+    @cached_property
+    def _preprocesses(self) -> dict[str, Preprocess]:
+        return {}
+
+    def preprocess_for(self, arm: str) -> Preprocess:
+        """The same for an arm: the size is the run's, mean, standard deviation and interpolation are its model's."""
+        model = self.arms[arm].model
+        if model == self.protocol.model:
+            return self.preprocess
+        if model not in self._preprocesses:
+            self._preprocesses[model] = self._preprocess_of(model)
+        return self._preprocesses[model]
+
+    def _preprocess_of(self, model: str) -> Preprocess:
         protocol = self.protocol
-        net = build_model(protocol.model, None, image_size=protocol.image_size)
+        net = build_model(model, None, image_size=protocol.image_size)
         return Preprocess(tuple(protocol.image_size), bit_depth=protocol.data["bit_depth"], **preprocess_of(net))
 
     @cached_property
@@ -132,8 +157,8 @@ class Workspace:
         """Resized images, shared by all sides and arms while they fit in memory."""
         return ImageCache()
 
-    def image_set(self, *sides: str, augment: str = "none", seed: int = 0) -> ImageSet:
-        """The images of these sides of the split, in the order of `split.csv`.
+    def image_set(self, *sides: str, augment: str = "none", seed: int = 0, arm: str = BASELINE) -> ImageSet:
+        """The images of these sides of the split, in the order of `split.csv`, as this arm's model takes them.
 
         Raises:
             ConfigError: the test side, before every fit that could have used it is done.
@@ -151,7 +176,7 @@ class Workspace:
         return ImageSet(
             [samples[row.image] for row in wanted],
             self.source.classes,
-            self.preprocess,
+            self.preprocess_for(arm),
             augment=None if augment == "none" else make_augment(augment, tuple(self.protocol.image_size)),
             seed=seed,
             cache=self.cache,
@@ -173,11 +198,11 @@ class Workspace:
                 f"yet; run `mrl fit --out {self.out}` first."
             )
 
-    def new_classifier(self) -> nn.Module:
-        """The user's model with a fresh head for these classes: the start of both arms."""
-        protocol = self.protocol
+    def new_classifier(self, arm: str = BASELINE) -> nn.Module:
+        """An arm's model, not swapped, with a fresh head for these classes: the start of baseline and mrl is the same."""
         torch.manual_seed(self.seed)
-        backbone = build_model(protocol.model, protocol.weights, image_size=protocol.image_size)
+        chosen = self.arms[arm]
+        backbone = build_model(chosen.model, chosen.weights, image_size=self.protocol.image_size)
         return Classifier(backbone, len(self.source.classes), classes=self.source.classes)
 
     def fitted(self, arm: str) -> nn.Module:
@@ -197,7 +222,7 @@ class Workspace:
 class FoldSpace(Workspace):
     """One fold of a run: a folder of its own, `folds/r<repeat>f<fold>`, with its split, arms and predictions.
 
-    Protocol, audit, plan and images are the run's. The training seed differs from fold to fold and is the same for both
+    Protocol, audit, plans and images are the run's. The training seed differs from fold to fold and is the same for all
     arms.
 
     Args:
@@ -218,7 +243,7 @@ class FoldSpace(Workspace):
 
     def file(self, name: str) -> Path:
         """A file of the fold, or of the run where all folds share it."""
-        return self.run.file(name) if name in self.SHARED else self.out / name
+        return self.run.file(name) if Path(name).name in self.SHARED else self.out / name
 
     @property
     def home(self) -> Path:
@@ -253,6 +278,7 @@ class FoldSpace(Workspace):
     source = property(lambda self: self.run.source)
     audit = property(lambda self: self.run.audit)
     preprocess = property(lambda self: self.run.preprocess)
+    _preprocesses = property(lambda self: self.run._preprocesses)
     cache = property(lambda self: self.run.cache)
 
 
