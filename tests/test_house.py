@@ -37,6 +37,7 @@ LEVELS = [
     ["measure_page"],
     ["steps", "results"],
     ["folds"],
+    ["curve"],
     ["tuning"],
     ["tune"],
     ["poc"],
