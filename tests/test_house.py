@@ -39,6 +39,7 @@ LEVELS = [
     ["measure_page"],
     ["steps", "results"],
     ["folds"],
+    ["curve"],
     ["tuning"],
     ["tune"],
     ["poc"],

@@ -19,6 +19,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -171,6 +172,17 @@ def run_jobs(
             yield row
 
 
+def whole(rows: Sequence[dict[str, Any]], rates: dict[str, float], folds: int) -> list[dict[str, Any]]:
+    """The tested fits of all calls at the chosen rates, of shares whose fits are all there."""
+    fits = {
+        key_of(row): row
+        for row in rows
+        if not row["choosing"] and row["lr"] == rates[row["network"]] and row["fold"] < folds
+    }
+    counts = Counter(row["share"] for row in fits.values())
+    return [row for row in fits.values() if counts[row["share"]] == folds * len(NETWORKS)]
+
+
 def convergence(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of each network and share: the median update at which a fit first had 95 % of its best validation score."""
     found: dict[str, Any] = {}
@@ -214,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folds", type=int, default=K, help="the first so many of the 5")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=sorted(SHARES, reverse=True), help="to fit in this call"
+    )
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args(argv)
     slug = device_slug("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,11 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"learning rates: {rates}")
     jobs = [
         {**common, "network": name, "fold": fold, "share": share, "lr": rates[name], "choosing": False}
-        for share in sorted(SHARES, reverse=True)
+        for share in args.shares
         for fold in range(args.folds)
         for name in NETWORKS
     ]
-    rows = list(run_jobs(jobs, lines, told, args.workers, "fits"))
+    for _ in run_jobs(jobs, lines, told, args.workers, "fits"):
+        pass
+    rows = whole(done(lines, told), rates, args.folds)
     cost = {}
     for name in NETWORKS:
         counted = count(network(name), SIZE)
