@@ -14,6 +14,7 @@ from mrl.errors import ConfigError
 from mrl.report import cost, front, quality, record
 from mrl.report.collect import assemble, collect_report, read_run
 from mrl.report.parts import SECTIONS, Section, View
+from mrl.report.seen import seen
 from mrl.report.words import LANGUAGES, Words
 from mrl.run import refuse_existing, write_json, writing
 
@@ -77,7 +78,8 @@ def report(
     refuse_existing(out / "report.json", overwrite)
     run = read_run(out)
     data = assemble(run)
-    html = render(View(run, data, words, price_per_hour, currency))
+    shown, told = seen(run, data)
+    html = render(View(shown, told, words.of_arm(shown.featured), price_per_hour, currency))
     write_json(out / "report.json", data)
     with writing(page) as part:
         part.write_text(html, encoding="utf-8", errors="replace")

@@ -49,6 +49,11 @@ class RunFiles:
     evaluation: Mapping[str, Any] | None = None
     tune: Mapping[str, Any] | None = None
     missing: tuple[str, ...] = ()
+    more: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # plan and calibration of swapped arms beside mrl
+    featured: str = "mrl"  # the arm that stands in the place of mrl (`report.seen`)
+    own_calibration: Mapping[str, Any] | None = None  # of mrl itself, whichever arm is featured
 
     @property
     def home(self) -> str:
@@ -89,6 +94,10 @@ def read_run(out: str | Path) -> RunFiles:
     others = {name: _optional(out / f"{name}.json") for name in ("plan", "calibration", "export", "evaluation")}
     missing = [f"{name}.json" for name, value in others.items() if value is None]
     missing += lacking
+    more = {
+        arm: {name: _optional(out / "arms" / arm / f"{name}.json") for name in ("plan", "calibration")}
+        for arm in protocol.get("arm_settings") or {}
+    }
     missing += [name for name in ("predictions.csv",) if not (out / name).is_file()]
     return RunFiles(
         out=out,
@@ -101,6 +110,8 @@ def read_run(out: str | Path) -> RunFiles:
         fits={arm: value or {} for arm, value in fits.items()},
         metrics=curves,
         missing=tuple(missing),
+        more=more,
+        own_calibration=others["calibration"],
         tune=_optional(out / "tune" / "tune.json"),  # no run needs one, so it is never missing
         **others,
     )
@@ -121,16 +132,16 @@ def home_of(protocol: Mapping[str, Any]) -> str:
 
 def _fits(out: Path, protocol: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """The record and the curve of each arm's fit, or of all its fits and of one of them; and which files are not there."""
-    home, missing = home_of(protocol), []
+    home, missing, arms = home_of(protocol), [], protocol.get("arms") or ARMS
     if home:
         together = (_optional(out / "fits.json") or {}).get("arms") or {}
-        fits: dict[str, Any] = {arm: together.get(arm) for arm in ARMS}
+        fits: dict[str, Any] = {arm: together.get(arm) for arm in arms}
         missing += ["fits.json"] if None in fits.values() else []
         inner = "inner/"
     else:
-        fits, inner = {arm: _optional(out / "arms" / arm / "fit.json") for arm in ARMS}, ""
+        fits, inner = {arm: _optional(out / "arms" / arm / "fit.json") for arm in arms}, ""
         missing += [f"arms/{arm}/fit.json" for arm, value in fits.items() if value is None]
-    curves = {arm: _lines(out / f"{home}arms/{arm}/{inner}metrics.jsonl") for arm in ARMS}
+    curves = {arm: _lines(out / f"{home}arms/{arm}/{inner}metrics.jsonl") for arm in arms}
     missing += [f"arms/{arm}/metrics.jsonl" for arm, value in curves.items() if not value]
     return fits, curves, missing
 
@@ -177,7 +188,7 @@ def assemble(run: RunFiles) -> dict[str, Any]:
             "metric": comparison["metric"],
             "margin": comparison["margin"],
             "alpha": comparison["alpha"],
-            "arms": {arm: _arm(run, arm) for arm in ARMS},
+            "arms": {arm: _arm(run, arm) for arm in run.protocol.get("arms") or ARMS},
             "difference": comparison["difference"],
             "latency_ratio": measure.get("latency_ratio") or {"estimate": None, "low": None, "high": None},
             "exported_arm": (run.export or {}).get("arm"),
@@ -193,8 +204,24 @@ def assemble(run: RunFiles) -> dict[str, Any]:
             "protocol_sha256": sha256,
             "protocol_changed": ["protocol.yaml"] * was_changed(run.out) + other_protocols(run),
             "environment": environment,
+            **_many(run, decided),
         }
     )
+
+
+def _many(run: RunFiles, decided: Mapping[str, Any]) -> dict[str, Any]:
+    """With more than two arms: the arm that the decision is about, and every arm's comparison; else nothing."""
+    from mrl.decision import latency_of
+
+    if not run.comparison.get("comparisons"):
+        return {}
+    found = []
+    for one in run.comparison["comparisons"]:
+        ratio, cost = latency_of(run.measure, one["arm"])
+        kept = {key: value for key, value in one.items() if key not in ("secondary", "flips", "verdict")}
+        verdict = {"quality": one["verdict"], "cost": cost}
+        found.append({**kept, "verdict": verdict, "latency_ratio": ratio, "decision": decided["decisions"][one["arm"]]})
+    return {"arm": decided["arm"], "comparisons": found, "multiplicity": run.comparison["multiplicity"]}
 
 
 def _arm(run: RunFiles, arm: str) -> dict[str, Any]:
@@ -234,7 +261,7 @@ def warnings_of(run: RunFiles) -> list[str]:
         ['no groups']
     """
     found = list(run.audit.get("warnings") or [])
-    found += [f"{arm}: {text}" for arm in ARMS for text in (run.fits.get(arm) or {}).get("warnings") or []]
+    found += [f"{arm}: {text}" for arm, fit in run.fits.items() for text in (fit or {}).get("warnings") or []]
     found += list((run.calibration or {}).get("warnings") or [])
     found += list(run.comparison.get("warnings") or []) + list(run.measure.get("warnings") or [])
     return list(dict.fromkeys(found))
@@ -256,7 +283,7 @@ def other_protocols(run: RunFiles) -> list[str]:
         "calibration.json": run.calibration,
         "export.json": run.export,
         "evaluation.json": run.evaluation,
-        **{f"arms/{arm}/fit.json": run.fits.get(arm) for arm in ARMS},
+        **{f"arms/{arm}/fit.json": fit for arm, fit in run.fits.items()},
     }
     return [name for name, data in files.items() if data and data.get("protocol_sha256") not in (None, own)]
 

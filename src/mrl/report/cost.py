@@ -7,9 +7,9 @@ from typing import Any
 
 from mrl.report.collect import ARMS
 from mrl.report.figures import Guides, Span, histograms, intervals
-from mrl.report.front import hours, money
+from mrl.report.front import money
 from mrl.report.next_step import pixels
-from mrl.report.parts import Cell, Part, Section, View, figure, name, note, quotient, side_by_side, table, text
+from mrl.report.parts import Cell, Part, Section, View, figure, hours, name, note, quotient, side_by_side, table, text
 from mrl.report.reasons import translated
 from mrl.report.tuning import tuning_parts
 from mrl.report.words import MINUS, known
@@ -205,6 +205,8 @@ def _yes(view: View, value: Any) -> str:
 def plan(view: View) -> Section:
     """Which blocks were swapped, at what predicted cost, and what calibration did."""
     words, found = view.words, view.run.plan
+    if view.featured != "mrl" and view.run.protocol["arm_settings"][view.featured]["swap"] == "none":
+        return Section("plan", words("arms.not_swapped", arm=view.featured), [])
     if not found:
         return Section("plan", words("missing"), [view.absent("plan.json")])
     rows = found.get("rows") or []

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from mrl.report import folds
+from mrl.report import arms, folds
 from mrl.report.figures import Guides, Span, intervals
 from mrl.report.next_step import steps
-from mrl.report.parts import Cell, View, machine, table
+from mrl.report.parts import Cell, View, hours, machine, table
 from mrl.report.reasons import reasons, warnings
-from mrl.report.words import MINUS, Words, known
+from mrl.report.svg import shorten
+from mrl.report.words import MINUS, known
 
 WARNINGS = 3
 SYMBOL = {"go": "✓", "no-go": "✕", "inconclusive": "?"}
@@ -45,7 +46,7 @@ def front(view: View) -> dict[str, Any]:
             size=view.size(protocol.get("image_size")),
             preset=protocol.get("preset", ""),
         ),
-        "reasons": reasons(view),
+        "reasons": [*arms.reason(view), *reasons(view)],
         "rows": [_scores(view), _difference(view), _latency(view)],
         "can": _can(view),
         "mde": _mde(view),
@@ -78,12 +79,12 @@ def _scores(view: View) -> dict[str, Any]:
     words, metric = view.words, view.data["metric"]
     spans, values = [], []
     kind = "3" if metric == "auroc" else "percent"
-    for arm in ("baseline", "mrl"):
-        scored = view.arm(arm)
-        spans.append(Span(words.arm(arm), scored["estimate"], scored["low"], scored["high"], arm))
+    for arm, scored in (view.data.get("all_arms") or view.data["arms"]).items():
+        label, colour = shorten(view.name(arm), arms.LABEL), view.colour(arm)
+        spans.append(Span(label, scored["estimate"], scored["low"], scored["high"], colour))
         interval = words.interval(scored["low"], scored["high"], kind)
         values.append(
-            {"arm": arm, "label": words.arm(arm), "value": words.score(metric, scored["estimate"]), "sub": interval}
+            {"arm": colour, "label": label, "value": words.score(metric, scored["estimate"]), "sub": interval}
         )
     label = "; ".join(f"{v['label']} {v['value']} ({v['sub']})" for v in values)
     return {
@@ -102,7 +103,7 @@ def _scores(view: View) -> dict[str, Any]:
             label=label,
             text=_plain_number if metric == "auroc" else _plain_percent,
             missing=words("missing"),
-            row=26,
+            row=26 if len(spans) <= 3 else 20,
         ),
     }
 
@@ -112,7 +113,8 @@ def _difference(view: View) -> dict[str, Any]:
     found, verdict, margin = data["difference"], data["verdict"]["quality"], data["margin"]
     interval = words.interval(found["low"], found["high"], "points", (0.0, -margin, margin))
     value = words.points(found["estimate"])
-    level = words("front.level", level=view.level)
+    level = words("front.level", level=view.level_of(view.run.comparison.get("interval_alpha") or data["alpha"]))
+    shown = arms.spans(view, "difference")
     return {
         "key": "difference",
         "title": words("front.difference"),
@@ -128,7 +130,7 @@ def _difference(view: View) -> dict[str, Any]:
         "means": words(f"quality.{verdict}_means", margin=view.margin),
         "tone": TONE.get(verdict, "open"),
         "svg": intervals(
-            [Span("", found["estimate"], found["low"], found["high"], "mrl")],
+            shown or [Span("", found["estimate"], found["low"], found["high"], "mrl")],
             Guides(
                 reference=0.0,
                 band=(-margin, margin),
@@ -138,7 +140,7 @@ def _difference(view: View) -> dict[str, Any]:
             label=f"{value}, {level} {interval}; {words('front.margin', margin=view.margin)}",
             text=lambda v: ("+" if v > 0 else "") + _plain_number(v * 100),
             missing=words("missing"),
-            row=34,
+            row=20 if shown else 34,
         ),
     }
 
@@ -148,7 +150,9 @@ def _latency(view: View) -> dict[str, Any]:
     found, verdict, row = data["latency_ratio"], data["verdict"]["cost"], view.run.decisive()
     verdict = verdict if words.has(f"cost.{verdict}_means") else "missing"
     interval = words.interval(found["low"], found["high"], "ratio", (1.0,))
-    value, level = words.ratio(found["estimate"]), words("front.level", level=view.level)
+    value = words.ratio(found["estimate"])
+    level = words("front.level", level=view.level_of(view.run.measure.get("alpha") or data["alpha"]))
+    shown = arms.spans(view, "latency_ratio")
     return {
         "key": "latency",
         "title": words("front.latency"),
@@ -158,12 +162,12 @@ def _latency(view: View) -> dict[str, Any]:
         "means": words(f"cost.{verdict}_means"),
         "tone": TONE.get(verdict, "open"),
         "svg": intervals(
-            [Span("", found["estimate"], found["low"], found["high"], "mrl")],
+            shown or [Span("", found["estimate"], found["low"], found["high"], "mrl")],
             Guides(reference=1.0, sides=(words("front.faster"), words("front.slower")), log=True),
             label=f"{value}, {level} {interval}",
             text=_plain_number,
             missing=words("missing"),
-            row=34,
+            row=20 if shown else 34,
         ),
     }
 
@@ -208,7 +212,7 @@ def _observed(view: View) -> list[str]:
         if nearest is not None and known(by[nearest]):
             key = "front.mde_over" if by[nearest] > data["margin"] else "front.mde_under"
             said.append(words(key, margin=view.margin))
-    return [*said, *folds.observed(view)]
+    return [*said, *arms.observed(view), *folds.observed(view)]
 
 
 def _cannot(view: View) -> list[str]:
@@ -234,16 +238,6 @@ def _alerts(view: View) -> list[str]:
 def _more_warnings(view: View) -> str:
     left = len(warnings(view, without="skipped")) - WARNINGS
     return view.words("front.warnings_more", n=left, section=view.number("audit")) if left > 0 else ""
-
-
-def hours(words: Words, found: Mapping[str, Any] | None) -> Cell:
-    """Hours for a million images, with the interval below."""
-    if not found or not known(found.get("estimate")):
-        return Cell(words("missing"))
-    low, high = found.get("low"), found.get("high")
-    return Cell(
-        words.hours(found["estimate"]), sub=words.interval(low, high, "hours") if known(low) and known(high) else ""
-    )
 
 
 def money(view: View, found: Mapping[str, Any] | None) -> Cell:

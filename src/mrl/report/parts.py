@@ -52,6 +52,24 @@ class View:
         return SECTIONS.index(section) + 1
 
     @property
+    def featured(self) -> str:
+        """The arm that stands in the place of `mrl`."""
+        return self.run.featured
+
+    def name(self, arm: str) -> str:
+        """The name of an arm of a run, whichever is featured."""
+        return self.words.own_arm(arm)
+
+    def colour(self, arm: str) -> str:
+        """As which arm it is drawn: the featured one as `mrl`; "" is neither of the two."""
+        return "baseline" if arm == "baseline" else "mrl" if arm == self.featured else ""
+
+    def level_of(self, alpha: float) -> str:
+        """The level of intervals at this alpha."""
+        whole = abs(100 * alpha - round(100 * alpha)) < 1e-9
+        return self.words.percent(1 - alpha, 0 if whole else 2)
+
+    @property
     def level(self) -> str:
         """The level of the intervals, "95 %"."""
         return self.words.percent(1 - self.data["alpha"], 0)
@@ -168,6 +186,16 @@ def capped(words: Words, rows: Sequence[Any], most: int, file: str) -> tuple[lis
     """
     kept = list(rows[:most])
     return kept, words("more_in", n=words.count(len(rows) - most), file=file) if len(rows) > most else ""
+
+
+def hours(words: Words, found: Mapping[str, Any] | None) -> Cell:
+    """Hours for a million images, with the interval below."""
+    if not found or not known(found.get("estimate")):
+        return Cell(words("missing"))
+    low, high = found.get("low"), found.get("high")
+    return Cell(
+        words.hours(found["estimate"]), sub=words.interval(low, high, "hours") if known(low) and known(high) else ""
+    )
 
 
 def machine(environment: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mrl.report import folds
+from mrl.report import arms, folds
 from mrl.report.collect import ARMS
 from mrl.report.figures import Curve, Guides, Span, curves, heat, intervals
 from mrl.report.parts import Cell, Part, Section, View, figure, folded, name, note, side_by_side, table, text
@@ -43,7 +43,7 @@ def scores(view: View) -> Section:
     ]
     if not said:
         said = [words("scores.say_over" if all(known(p) for p in probes.values()) else "scores.say_unknown")]
-    say, parts = said[0], [note(line) for line in said[1:]]
+    say, parts = said[0], [*(note(line) for line in said[1:]), *arms.parts(view)]
     parts += [
         table(_scores_caption(view), head, rows, width="medium"),
         text(words("scores.probe_note")),

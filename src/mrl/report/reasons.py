@@ -77,6 +77,10 @@ def translated(words: Words, english: str) -> dict[str, Any]:
         >>> translated(Words("en"), "the file is empty")["key"]
         'warning.empty'
     """
+    of_arm = re.fullmatch(r"Arm ([A-Za-z0-9_-]+): (.+)", english, re.DOTALL)
+    if of_arm:
+        found = translated(words, of_arm[2])
+        return {**found, "text": words("arms.of_arm", arm=words.own_arm(of_arm[1]), text=found["text"])}
     for key, pattern in _patterns().items():
         found = pattern.fullmatch(english)
         if found:
@@ -87,7 +91,9 @@ def translated(words: Words, english: str) -> dict[str, Any]:
 
 def _term(words: Words, text: str) -> str:
     """An arm, a metric or a verdict in the page's language; anything else as it is."""
-    for key in (f"arm.{text}", f"metric.{text.replace(' ', '_')}", f"quality.{text}"):
+    if text in ("baseline", "mrl"):
+        return words.own_arm(text)
+    for key in (f"metric.{text.replace(' ', '_')}", f"quality.{text}"):
         if words.has(key):
             return words(key)
     return text

@@ -65,7 +65,10 @@ def disagreements(rows: Sequence[Mapping[str, str]]) -> list[Disagreement]:
 def disagreements_of(run: RunFiles) -> list[Disagreement]:
     """The disagreements of a run; none where it has no `predictions.csv`."""
     path = run.out / "predictions.csv"
-    return disagreements(read_csv(path)) if path.is_file() else []
+    if not path.is_file():
+        return []
+    names = {"baseline": "baseline", run.featured: "mrl"}
+    return disagreements([{**row, "arm": names[row["arm"]]} for row in read_csv(path) if row["arm"] in names])
 
 
 def thumbnails(run: RunFiles, images: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from mrl.errors import ConfigError
 LANGUAGES = ("en", "ja")
 MINUS = "\u2212"
 THIN = "\u202f"
+ABOUT_MRL = ("title", "arm.", "front.kicker", "front.about", "glossary.", "arms.", "warning.")  # not of an arm
 
 
 class Words:
@@ -38,13 +39,26 @@ class Words:
     def __init__(self, lang: str = "en"):
         if lang not in LANGUAGES:
             raise ConfigError(f"--lang {lang}: not a language of the report; choose one of {', '.join(LANGUAGES)}.")
-        self.lang = lang
+        self.lang, self._name = lang, ""
         self._table = table(lang)
 
     def __call__(self, key: str, /, **params: Any) -> str:
         """The text of a key, its braces filled."""
         text = self._table[key]
+        if self._name and not key.startswith(ABOUT_MRL):
+            text = text.replace("MRL", self._name)
         return text.format(**params) if params else text
+
+    def of_arm(self, arm: str) -> Words:
+        """The same words, in which another arm than `mrl` has the place of MRL.
+
+        Example:
+            >>> Words().of_arm("region4")("reason.superior"), Words().of_arm("mrl").arm("mrl")
+            ('The whole interval is above zero: region4 is superior.', 'MRL')
+        """
+        words = Words(self.lang)
+        words._name = "" if arm == "mrl" else arm
+        return words
 
     def has(self, key: str) -> bool:
         """Whether there is a text of this key."""
@@ -52,7 +66,7 @@ class Words:
 
     def get(self, key: str, otherwise: str) -> str:
         """The text of this key, or `otherwise` where the key is somebody's own name (a metric, a backend)."""
-        return self._table.get(key, otherwise)
+        return self(key) if key in self._table else otherwise
 
     def number(self, value: Any, digits: int = 2, sign: bool = False) -> str:
         """A plain number with thousands separated: 1,234.5."""
@@ -157,7 +171,11 @@ class Words:
 
     def arm(self, name: str) -> str:
         """The name of an arm in this language."""
-        return self.get(f"arm.{name}", name)
+        return self._name if name == "mrl" and self._name else self.own_arm(name)
+
+    def own_arm(self, name: str) -> str:
+        """The same, but `mrl` is always MRL."""
+        return self._table.get(f"arm.{name}", name)
 
     def listed(self, items: list[str], most: int = 8) -> str:
         """A short list in a sentence; past `most` it says how many more."""
