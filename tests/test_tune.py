@@ -1,5 +1,6 @@
 """`mrl tune`: its space, its sampler, fair arms, budgets, workers that die, and no look at the test side."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from mrl.errors import ConfigError, MissingExtra
 from mrl.fit_config import FitConfig
 from mrl.swap import CalibrateConfig, SwapConfig
 from mrl.tuning import Goal, Settings, parse_space
+from mrl.tuning.alive import Beats, signs_of_life
 from mrl.tuning.results import tune_document
 from mrl.tuning.sampler import Distinct, key_of
-from mrl.tuning.search import outcome
+from mrl.tuning.search import RETRIES, fail, outcome
 from mrl.tuning.space import read_space
 from mrl.tuning.storage import open_storage
 from planted import LAYERS, SPACE, Planted, planted
@@ -284,19 +286,95 @@ def wait(condition, *workers, seconds=900):
         time.sleep(0.05)
 
 
-def test_journal__a_stopped_worker_is_not_taken_for_dead(tmp_path):
-    ours, theirs = open_storage(None, tmp_path), open_storage(None, tmp_path)
-    study = optuna.create_study(storage=ours, study_name="a")
-    other = optuna.load_study(storage=theirs, study_name="a")
+def test_locks__a_stopped_worker_is_not_taken_for_dead_and_a_dead_one_is_at_once(tmp_path):
+    ours, theirs = (
+        optuna.create_study(storage=open_storage(None, tmp_path), study_name="a", load_if_exists=True) for _ in "ab"
+    )
+    trial, locks = ours.ask(), signs_of_life(None, tmp_path)
+    with locks.running(ours, trial):
+        assert not signs_of_life(None, tmp_path, grace_s=0).dead(theirs, theirs.trials)
+        (held,) = locks.folder.iterdir()
+    held.touch()  # a lock that nobody holds
+    assert [t.number for t in signs_of_life(None, tmp_path).dead(theirs, theirs.trials)] == [0]
 
-    def objective(trial):
-        optuna.storages.fail_stale_trials(other)
-        assert other.trials[0].state.name == "RUNNING"
-        return trial.suggest_float("x", 0, 1)
 
-    with pytest.warns(optuna.exceptions.ExperimentalWarning):
-        study.optimize(objective, n_trials=1)
-    assert other.trials[0].state.name == "COMPLETE"
+def test_beats__a_slow_worker_is_alive_and_a_silent_one_is_not(tmp_path):
+    study = optuna.create_study(storage=open_storage(None, tmp_path))
+    trial, ours, theirs = study.ask(), Beats(beat_s=0.02), Beats(grace_s=0.3)
+    with ours.running(study, trial):
+        for _ in range(8):
+            assert not theirs.dead(study, study.trials)
+            time.sleep(0.1)
+    assert not theirs.dead(study, study.trials)  # its last beat is seen
+    time.sleep(0.4)
+    assert [t.number for t in theirs.dead(study, study.trials)] == [0]
+
+
+DEATHS = {"before any value": 0, "between its values": 1, "with all values": 2}
+
+
+@pytest.mark.parametrize("values", DEATHS.values(), ids=DEATHS)
+@pytest.mark.parametrize("arm", ["mrl", "baseline"])
+def test_search__a_trial_is_repeated_wherever_its_worker_died(tmp_path, arm, values):
+    search = planted(tmp_path, trials=4, max_latency_ratio=2.0)
+    search = dataclasses.replace(search, alive=Beats(grace_s=0), poll_s=0.01)
+    study = search.study(arm)
+    late, dead = study.ask(), study.ask()  # two workers took a place; the second dies
+    for axis in search.space.of(arm).axes[:values]:
+        axis.suggest(dead)
+    study.tell(late, state=optuna.trial.TrialState.PRUNED)
+    search.alive.dead(study, study.trials)  # a first look
+    time.sleep(0.01)
+    studies = search.run()
+    account(studies["mrl"].trials, 4)
+    account(studies["baseline"].trials, 1)
+    (again,) = [t for t in studies[arm].trials if t.system_attrs.get("failed_trial") == dead.number]
+    assert again.state.name == "COMPLETE"
+    if values == 2:
+        assert again.params == dead.params
+
+
+def test_search__a_trial_that_kills_every_worker_is_left_alone(tmp_path):
+    study = planted(tmp_path, trials=4, max_latency_ratio=2.0).study("mrl")
+    for _ in range(RETRIES + 1):
+        trial = study.ask(study.sampler.space)
+        fail(study, trial.number)
+        fail(study, trial.number)  # of another worker, which saw the same
+    assert [t.state.name for t in study.trials] == ["FAIL"] * (RETRIES + 1)
+    assert len({key_of(t.params) for t in study.trials}) == 1
+    assert key_of(study.ask(study.sampler.space).params) != key_of(study.trials[0].params)
+
+
+def test_search__an_interrupted_trial_is_queued_again(tmp_path):
+    search = planted(tmp_path, trials=4, max_latency_ratio=2.0)
+    judge, asked = search.judge, []
+
+    def quality(settings, **told):
+        asked.append(settings)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return Planted.quality(judge, settings, **told)
+
+    judge.quality = quality
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    studies = search.run()
+    account(studies["mrl"].trials, 4)
+    assert asked[3] == asked[2]
+
+
+def account(trials, asked):
+    """Every trial is accounted for: as many complete ones as were asked, each dead one repeated, none left; returns the dead."""
+    states = Counter(t.state.name for t in trials)
+    assert [t.number for t in trials] == list(range(len(trials)))
+    assert states["COMPLETE"] == asked, states
+    assert set(states) <= {"COMPLETE", "PRUNED", "FAIL"}, states
+    dead = [t for t in trials if t.state.name == "FAIL"]
+    for one in dead:
+        (again,) = [t for t in trials if t.system_attrs.get("retry_history", [None])[-1] == one.number]
+        assert not set(one.params) - set(again.params)
+        assert again.state.name in ("COMPLETE", "FAIL") or outcome(again) in ("known", "surplus")
+    return dead
 
 
 def test_open_storage__says_what_is_wrong_without_the_password(tmp_path):

@@ -75,6 +75,7 @@ def tune(
         MissingExtra: Optuna or the driver of the database is not installed.
     """
     require_optuna()
+    from mrl.tuning.alive import signs_of_life
     from mrl.tuning.images import TrainingSide
     from mrl.tuning.results import tune_document
     from mrl.tuning.search import Search
@@ -94,7 +95,9 @@ def tune(
             return read_json(done)
         say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
         identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
-        found = tune_document(Search(judge, bound, partial(settings_of, space), goal, kept, name, identity))
+        alive = signs_of_life(storage, folder)
+        search = Search(judge, bound, partial(settings_of, space), goal, kept, name, identity, alive=alive)
+        found = tune_document(search)
     finally:
         close_storage(kept)
     write_json(done, {**space.stamp(), **found})
