@@ -169,7 +169,9 @@ def test_follow_stream__leaves_what_it_cannot_help():
 )
 def test_fit_taps__recovers_planted_taps(group_size, gain, kernel_size):
     model = vit()
-    config = SwapConfig(group_size=group_size, kernel_size=kernel_size, learn_local_gain=gain, local_gain=0.0 if gain else 0.5)
+    config = SwapConfig(
+        group_size=group_size, kernel_size=kernel_size, learn_local_gain=gain, local_gain=0.0 if gain else 0.5
+    )
     handle = mrl.swap_(model, mrl.plan(model, region=2, config=config))
     mixer = model.blocks[1].attn
     seen = []

@@ -12,12 +12,18 @@ from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mrl.cli import main
 from mrl.errors import ConfigError, MissingExtra
 from mrl.fit_config import FitConfig
+from mrl.report.reasons import translated
+from mrl.report.words import Words
+from mrl.request import Request
+from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tuned import tuned_warnings
 from mrl.tuning import Goal, Settings, parse_space
 from mrl.tuning.alive import Beats, signs_of_life
 from mrl.tuning.results import tune_document
@@ -25,6 +31,7 @@ from mrl.tuning.sampler import Distinct, key_of
 from mrl.tuning.search import RETRIES, fail, outcome
 from mrl.tuning.space import read_space
 from mrl.tuning.storage import open_storage
+from mrl.workspace import Workspace
 from planted import LAYERS, SPACE, Planted, planted
 from test_poc import draw
 
@@ -456,6 +463,100 @@ def test_tune__searches_without_a_look_at_the_test_side(tuned):
     assert len(list((out / "tune" / "trials").iterdir())) == 2 * 2 + 2 * 2
 
 
+def test_plan_step__swaps_the_modules_of_the_settings(tuned, data, tmp_path):
+    told = json.loads((tuned[0] / "tune" / "settings.json").read_text())["arms"]["mrl"]
+    request = Request("test_vit", str(data), image_size=32, settings=str(tuned[0]))
+    space = begin(Workspace(tmp_path / "run"), request)
+    assert space.protocol.tuned["tuned_on"]["n_test_seen"] == 0
+    plan_step(space, space.new_classifier().eval())
+    handle = swap_step(space, space.new_classifier().eval())
+    assert {row.name: list(row.region) for row in handle.plan.rows if row.action == "swap"} == told["regions"]
+    assert len(told["regions"]) == 2  # of six: the layers of the search
+    for arm in ("baseline", "mrl"):
+        assert space.protocol.budget_of(arm)["lr"] == space.protocol.tuned["arms"][arm]["fit"]["lr"]
+
+
+@pytest.mark.slow
+def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_see(tuned, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mrl.results.MEASURE_SECONDS", 2.0)
+    monkeypatch.setattr("mrl.results.OTHER_SIZES", (48,))
+    searched, out = tuned[0], tmp_path / "run"
+    asked = ["poc", "--model", "test_vit", "--data", str(data), "--image-size", "32", "--out", str(out)]
+    assert main([*asked, "--settings", str(searched)]) == 0
+    settings = json.loads((searched / "tune" / "settings.json").read_text())
+    chosen = json.loads((searched / "tune" / "tune.json").read_text())["settings"]
+    protocol = yaml.safe_load((out / "protocol.yaml").read_text())
+    assert protocol["tuned"]["sha256"] == settings["sha256"]
+    assert protocol["tuned"]["search"]["trials"] == {"baseline": 2, "mrl": 2}
+    assert protocol["tuned"]["tuned_on"] == {
+        "n_images": settings["seen"]["n"],
+        "n_test": protocol["data"]["n_test"],
+        "n_test_seen": 0,
+    }
+    for arm in ("baseline", "mrl"):
+        fit = json.loads((out / "arms" / arm / "fit.json").read_text())
+        assert protocol["tuned"]["arms"][arm]["fit"] == chosen[arm]["fit"]
+        assert fit["config"] == chosen[arm]["fit"]
+    planned = json.loads((out / "plan.json").read_text())
+    made = {row["name"]: row["region"] for row in planned["rows"] if row["action"] == "swap"}
+    assert made == settings["arms"]["mrl"]["regions"]
+    assert len(made) == 2  # of six: the layers of the search
+    assert planned["setting"] == "tuned"
+    assert planned["config"]["kernel_size"] == chosen["mrl"]["swap"]["kernel_size"]
+    report = json.loads((out / "report.json").read_text())
+    assert not [w for w in report["warnings"] if "mrl tune" in w]
+
+
+def test_poc__says_how_many_test_images_the_search_saw(tuned, data, tmp_path):
+    searched = tuned[0]
+    told = {"model": "test_vit", "data": str(data), "image_size": 32, "settings": str(searched)}
+    for more in ({"seed": 5}, {"preset": "standard"}):
+        space = begin(Workspace(tmp_path / str(more)), Request(**told, **more))
+        part = space.protocol.tuned
+        assert 0 < part["tuned_on"]["n_test_seen"] <= part["tuned_on"]["n_test"]
+        (said,) = tuned_warnings(part)
+        assert f"saw {part['tuned_on']['n_test_seen']} of the {part['tuned_on']['n_test']} test images" in said
+        assert translated(Words("ja"), said)["key"] == "warning.tuned_seen"
+    with pytest.raises(ConfigError, match=r"another protocol \(tuned: \w{12} there, none asked"):
+        begin(Workspace(tmp_path / str({"seed": 5})), Request("test_vit", str(data), image_size=32, seed=5))
+    part["arms"]["mrl"]["fit"]["epochs"] = 9
+    assert translated(Words("ja"), tuned_warnings(part)[1])["key"] == "warning.tuned_budget"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--region", "4", "--lr", "1e-3"], "--settings and --region, flags of the fit were both given"),
+        (["--image-size", "48"], "chosen for another image size"),
+        (["--settings", "nowhere"], "not settings that mrl tune wrote"),
+        (["--settings", "changed.json"], "was changed after mrl tune wrote it"),
+        (["--out", "SEARCHED", "--overwrite"], "--overwrite would delete the settings"),
+    ],
+)
+def test_poc__settings_that_do_not_fit_are_one_sentence(tuned, data, tmp_path, monkeypatch, capsys, more, said):
+    searched = tuned[0].resolve()
+    monkeypatch.chdir(tmp_path)
+    text = (searched / "tune" / "settings.json").read_text()
+    Path("changed.json").write_text(text.replace('"seen": {', '"seen": {"more": 1,'))
+    words = [
+        "poc",
+        "--model",
+        "test_vit",
+        "--data",
+        str(data),
+        "--image-size",
+        "32",
+        "--out",
+        "run",
+        "--settings",
+        str(searched),
+    ]
+    assert main([*words, *(str(searched) if w == "SEARCHED" else w for w in more)]) == 1
+    found = capsys.readouterr().err.strip().splitlines()
+    assert said in found[-1]
+    assert (searched / "tune" / "settings.json").read_text() == text
+
+
 def test_tune__a_finished_search_says_so(tuned, capsys):
     out, words = tuned
     before = (out / "tune" / "tune.json").stat().st_mtime_ns
@@ -466,7 +567,6 @@ def test_tune__a_finished_search_says_so(tuned, capsys):
 
 def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
     from mrl.tuning.images import TrainingSide
-    from mrl.workspace import Workspace
 
     out, _ = tuned
     side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
@@ -488,7 +588,6 @@ def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
 
 def test_training_side__architectures_that_are_equal_are_one(tuned):
     from mrl.tuning.images import TrainingSide
-    from mrl.workspace import Workspace
 
     out, _ = tuned
     side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)

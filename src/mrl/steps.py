@@ -29,6 +29,7 @@ from mrl.request import Request, make_protocol, pair_of, say_mde
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
+from mrl.tuned import tuned_plan
 from mrl.workspace import ARMS, Workspace
 
 FOLD_PRESETS = ("standard", "full")
@@ -85,8 +86,9 @@ def _same_protocol(space: Workspace, asked: Protocol) -> None:
     there = space.protocol
     if there.sha256() != asked.sha256():
         a, b = there.to_dict(), asked.to_dict()
-        differing = [k for k in a if a[k] != b[k]]
-        shown = "; ".join(f"{k}: {a[k]} there, {b[k]} asked" for k in differing[:2])
+        a, b = ({"tuned": (p.pop("tuned", None) or {}).get("sha256", "none")[:12], **p} for p in (a, b))
+        differing = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        shown = "; ".join(f"{k}: {a.get(k, 'none')} there, {b.get(k, 'none')} asked" for k in differing[:2])
         raise ConfigError(
             f"--out {space.out} holds a run of another protocol ({shown}); choose another --out, or say --overwrite."
         )
@@ -185,7 +187,10 @@ def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = Fal
         image = torch.randn(1, 3, *protocol.image_size, generator=noise)
     else:
         image = space.image_set("train")[0]["image"][None]
-    found, setting = resolve_swap(model, protocol.swap, protocol.region, protocol.layers, image)
+    if protocol.tuned:
+        found, setting = tuned_plan(model, protocol.tuned, image), "tuned"
+    else:
+        found, setting = resolve_swap(model, protocol.swap, protocol.region, protocol.layers, image)
     write_plan(space.file("plan.json"), found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
     ratio = found.predicted_latency_ratio
     say(
@@ -197,9 +202,9 @@ def plan_step(space: Workspace, model: torch.nn.Module, *, overwrite: bool = Fal
 def swap_step(space: Workspace, model: torch.nn.Module) -> Handle:
     """Swaps as `plan.json` says, without planning again."""
     stored = read_json(space.file("plan.json"))
-    names = [row["name"] for row in stored["rows"] if row["action"] == "swap"]
+    regions = {row["name"]: tuple(row["region"]) for row in stored["rows"] if row["action"] == "swap"}
     config = SwapConfig(**stored["config"])
-    return swap_(model, plan(model, region=space.protocol.region, target=names, config=config))
+    return swap_(model, plan(model, region=regions, target=list(regions), config=config))
 
 
 def calibrate_step(space: Workspace, handle: Handle, folder: Path) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    protocol, config = space.protocol, FitConfig(**space.protocol.budget)
+    protocol, config = space.protocol, FitConfig(**space.protocol.budget_of(arm))
     model = _start(space, arm)
     train = space.image_set("train", augment=config.augment, seed=space.seed)
     val = space.image_set("val")

@@ -12,6 +12,7 @@ from mrl.errors import ConfigError
 from mrl.fit import FitConfig
 from mrl.run import plain, read_json, say, write_json
 from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tuned import SETTINGS_FILE, write_settings
 from mrl.tuning.goal import Goal
 from mrl.tuning.settings import Settings
 from mrl.tuning.space import Space, read_space
@@ -52,7 +53,7 @@ def tune(
     seconds: float = 6.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json`.
+    """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json` and `tune/settings.json`.
 
     Both arms get the same number of trained trials; the baseline has the axes of the fit. A killed search goes on where it
     stopped when the call is repeated, and several processes with the same storage share one search.
@@ -101,6 +102,8 @@ def tune(
     finally:
         close_storage(kept)
     write_json(done, {**space.stamp(), **found})
+    if all(found["settings"].values()):
+        say(f"for the main job: mrl poc --settings {_write_settings(space, judge, found, folder / SETTINGS_FILE)}")
     judge.clear()
     _say_result(found, done)
     return read_json(done)
@@ -110,6 +113,30 @@ def _bound(words: Sequence[str], judge: Any) -> Space:
     """The space of the words, or a default one, for the model's layers."""
     n = len(judge.names)
     return read_space(list(words) or default_words(n, len(judge.skeleton.layer_groups()) - 2)).bound(n)
+
+
+def _write_settings(space: Workspace, judge: Any, found: dict[str, Any], path: Path) -> Path:
+    """What `mrl poc --settings` takes: the chosen of both arms with their modules by name, and the images that chose."""
+    protocol, pixels = space.protocol, space.audit.pixels
+    modules = judge.architecture(Settings.from_dict(found["settings"]["mrl"]))["modules"]
+    arms = {
+        arm: {k: told[k] for k in ("fit", "calibration", "swap") if k in told}
+        for arm, told in found["settings"].items()
+    }
+    arms["mrl"]["regions"] = modules
+    trained = {
+        arm: sum(part["outcomes"].get(k, 0) for k in ("trained", "failed")) for arm, part in found["arms"].items()
+    }
+    document = {
+        "model": protocol.model,
+        "weights": protocol.weights,
+        "weights_sha256": protocol.weights_sha256,
+        "image_size": protocol.image_size,
+        "classes": protocol.data["classes"],
+        "search": {"study": found["study"], "protocol_sha256": protocol.sha256(), "trials": trained},
+        "arms": arms,
+    }
+    return write_settings(path, document, (pixels[s.image] for side in (judge.train, judge.val) for s in side.samples))
 
 
 def settings_of(space: Workspace, values: dict[str, Any], arm: str) -> Settings:
@@ -134,7 +161,8 @@ def forget(storage: Any, name: str, folder: Path) -> None:
             optuna.delete_study(study_name=found, storage=storage)
     for part in ("trials", "starts"):
         shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, SETTINGS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _same(found: dict[str, Any], goal: Goal, space: Space, name: str) -> bool:
