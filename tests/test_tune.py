@@ -12,9 +12,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+import timm
 import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+import mrl
 from mrl.cli import main
 from mrl.errors import ConfigError, MissingExtra
 from mrl.fit_config import FitConfig
@@ -23,6 +25,7 @@ from mrl.report.words import Words
 from mrl.request import Request
 from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tune import default_words
 from mrl.tuned import tuned_warnings
 from mrl.tuning import Goal, Settings, parse_space
 from mrl.tuning.alive import Beats, signs_of_life
@@ -71,6 +74,8 @@ def test_parse_space__reads_yaml_and_words_alike(tmp_path):
         (["reduce=mean,max"], "reduce"),
         (["layers=some,all"], "use all, each, first N, last N"),
         (["swap=faithful,best"], "swap 'best': unknown"),
+        (["kernel_size=3,4"], "the local kernel is odd; use 1, 3, 5 or 7"),
+        (["local_gain=0,nan"], "use a number"),
         (["seed=1,2"], "cannot be tuned"),
         (["calibration.seed=1,2"], "cannot be tuned"),
         (["lr=1e-5"], "nothing varies"),
@@ -170,6 +175,20 @@ def test_distinct__draws_follow_from_the_seed():
 
 
 # --- the search ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_default_words__make_a_space_of_all_that_the_surgery_has(model):
+    names = mrl.plan(timm.create_model(model)).names
+    space = read_space(default_words(names, 6)).bound(len(names))
+    regions = [a.name for a in space.axes if a.name.startswith("region")]
+    assert regions == (["region"] if model == "test_vit" else [f"region.layers.{i}" for i in range(4)])
+    assert {"layers", "kernel_size", "group_size", "local_gain", "local_source", "lr", "freeze"} <= {
+        a.name for a in space.axes
+    }
+    raw = {a.name: a.distribution().low if a.ordered else a.distribution().choices[0] for a in space.axes if a.values}
+    made = Settings.of(space.values({**raw, "lr": 1e-5}), "mrl", SwapConfig(), FitConfig(), CalibrateConfig())
+    assert (made.swap.kernel_size, made.swap.group_size, made.swap.local_source) == (3, 1, "value")
 
 
 @pytest.mark.slow
@@ -600,11 +619,15 @@ def test_training_side__architectures_that_are_equal_are_one(tuned):
     )
     assert architecture(region=2) != architecture(region=4)
     assert architecture(region=2) != architecture(region=2, reduce="mean")
+    for other in ({"kernel_size": 5}, {"group_size": 4}, {"local_source": "input"}):
+        assert architecture(region=2) != architecture(region=2, **other)  # each has its own latency
+    assert architecture(local_gain=0.5) == architecture(local_gain=1.0)
     assert architecture(region=2, lr=1e-3) == architecture(region=2, lr=1e-5)
     for wrong, said in (
         ({"layers": (9,)}, "use indices"),
         ({"region.stages.3": 2}, "no module's name begins with"),
         ({"freeze": 99}, "freeze=99"),
+        ({"group_size": 7}, "not a multiple"),
     ):
         with pytest.raises(Exception, match=said):
             architecture(**wrong)

@@ -22,24 +22,50 @@ from mrl.workspace import Workspace
 FOLDER, RESULT = "tune", "tune.json"
 
 
-def default_words(n_layers: int, n_blocks: int) -> list[str]:
-    """The search space where none is given, for a model of so many swappable layers and so many blocks.
+def default_words(names: Sequence[str], n_blocks: int) -> list[str]:
+    """The search space where none is given, for a model with these swappable modules and so many blocks.
 
     Example:
-        >>> default_words(12, 12)[:2]
+        >>> default_words([f"blocks.{i}.attn" for i in range(12)], 12)[:2]
         ['region=2,3,4', 'layers=all,last8,last4']
+        >>> default_words(["layers.0.blocks.0.attn", "layers.1.blocks.0.attn"], 2)[:2]
+        ['region.layers.0=1,2,4', 'region.layers.1=1,2,4']
     """
-    layers = dict.fromkeys(f"last{n}" for n in (round(n_layers * 2 / 3), round(n_layers / 3)) if 0 < n < n_layers)
-    freeze = dict.fromkeys(str(n) for n in (0, n_blocks // 3, n_blocks * 2 // 3))
+    n = len(names)
+    layers = dict.fromkeys(f"last{k}" for k in (round(n * 2 / 3), round(n / 3)) if 0 < k < n)
+    freeze = dict.fromkeys(str(k) for k in (0, n_blocks // 3, n_blocks * 2 // 3))
     return [
-        "region=2,3,4",
+        *([f"region.{stage}=1,2,4" for stage in stages_of(names)] or ["region=2,3,4"]),
         f"layers={','.join(['all', *layers])}",
         "swap=faithful,cheap",
+        "kernel_size=3,5",
+        "group_size=1,4",
+        "local_gain=0,0.5",
+        "local_source=value,input",
         "lr=1e-6..1e-4:log",
         "weight_decay=0,0.05,0.1",
         "augment=none,light,medium",
         f"freeze={','.join(freeze)}",
     ]
+
+
+def stages_of(names: Sequence[str]) -> list[str]:
+    """The stages of a pyramid: what its modules' names share up to the first of two numbers; none for one stage.
+
+    Example:
+        >>> stages_of(["backbone.stages.2.blocks.0.attn", "backbone.stages.2.blocks.1.attn", "backbone.stages.3.blocks.0.attn"])
+        ['stages.2', 'stages.3']
+        >>> stages_of(["blocks.0.attn", "blocks.1.attn"])
+        []
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.removeprefix("backbone.").split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if len(numbers) < 2:
+            return []
+        found[".".join(parts[: numbers[0] + 1])] = None
+    return list(found) if len(found) > 1 else []
 
 
 def tune(
@@ -111,8 +137,8 @@ def tune(
 
 def _bound(words: Sequence[str], judge: Any) -> Space:
     """The space of the words, or a default one, for the model's layers."""
-    n = len(judge.names)
-    return read_space(list(words) or default_words(n, len(judge.skeleton.layer_groups()) - 2)).bound(n)
+    names, n_blocks = judge.names, len(judge.skeleton.layer_groups()) - 2
+    return read_space(list(words) or default_words(names, n_blocks)).bound(len(names))
 
 
 def _write_settings(space: Workspace, judge: Any, found: dict[str, Any], path: Path) -> Path:

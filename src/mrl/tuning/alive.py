@@ -35,10 +35,12 @@ class Beats:
         grace_s: seconds without one after which a trial is dead.
 
     Example:
-        >>> beats, study = Beats(grace_s=0), optuna.create_study()
+        >>> beats, study = Beats(grace_s=0.005), optuna.create_study()
         >>> trial = study.ask()
         >>> with beats.running(study, trial):
         ...     beats.dead(study, study.get_trials())
+        []
+        >>> beats.dead(study, study.get_trials())  # the last beat is new to this watcher
         []
         >>> time.sleep(0.01)
         >>> [t.number for t in beats.dead(study, study.get_trials())]
