@@ -4,7 +4,6 @@ import hashlib
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from mrl.errors import ConfigError
 from mrl.fit_config import FitConfig
 from mrl.swap import CalibrateConfig, SwapConfig
 from mrl.tuning import Goal, Settings, parse_space
+from mrl.tuning.alive import Beats, signs_of_life
 from mrl.tuning.search import Search
 from mrl.tuning.storage import open_storage
 
@@ -78,15 +78,13 @@ def planted(folder, judge=None, space=SPACE, storage=None, **goal):
     told = {"trials": 25, "mode": "pareto", "seed": 0, **goal}
     if told.get("max_latency_ratio"):
         told["mode"] = "constrained"
-    kept = (
-        open_storage(storage, folder, heartbeat_s=2, grace_s=20)
-        if storage is None or isinstance(storage, str)
-        else storage
-    )
-    judge = judge or Planted(told["seed"])
-    return Search(
-        judge, parse_space(space), partial(settings_of), Goal(**told), kept, "planted", {"surface": 1}, poll_s=0.2
-    )
+    alive, told_storage = Beats(), storage
+    if storage is None or isinstance(storage, str):
+        storage = open_storage(told_storage, folder)
+        alive = signs_of_life(told_storage, folder, beat_s=2, grace_s=20)
+    judge, axes = judge or Planted(told["seed"]), parse_space(space)
+    identity = {"surface": 1}
+    return Search(judge, axes, settings_of, Goal(**told), storage, "planted", identity, alive=alive, poll_s=0.2)
 
 
 if __name__ == "__main__":  # a worker of its own: python planted.py FOLDER STORAGE TRIALS PAUSE

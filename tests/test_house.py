@@ -20,6 +20,7 @@ LEVELS = [
     ["tasks"],
     ["protocol"],
     ["fit_config", "optimizer", "mixing", "features"],
+    ["tuned"],
     ["fit_loop"],
     ["fit_fixed"],
     ["fit"],

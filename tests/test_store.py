@@ -35,6 +35,16 @@ def test_save__loads_bit_equal_in_a_fresh_process(setting, tmp_path):
     assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["model.json", "model.safetensors"]
 
 
+def test_load__a_model_of_a_version_that_knew_one_local_kernel(tmp_path):
+    model, x = make(), torch.randn(2, 3, 28, 70)
+    mrl.swap_(model, mrl.plan(model, region=2))
+    path = mrl.save(model, tmp_path / "net") / "model.json"
+    stored = json.loads(path.read_text())
+    assert stored["swap"]["config"].pop("kernel_size") == 3
+    path.write_text(json.dumps(stored))
+    assert torch.equal(mrl.load(tmp_path / "net")(x), model(x))
+
+
 def test_save__the_loaded_model_can_be_saved_again_and_is_still_swapped(tmp_path):
     model = make()
     handle = mrl.swap_(model, mrl.plan(model, region=2, layers=[1]))

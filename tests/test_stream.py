@@ -163,10 +163,15 @@ def test_follow_stream__leaves_what_it_cannot_help():
     assert set(model.state_dict()) == set(state)
 
 
-@pytest.mark.parametrize(("group_size", "gain"), [(1, "channel"), (4, "scalar"), (24, None)])
-def test_fit_taps__recovers_planted_taps(group_size, gain):
+@pytest.mark.parametrize(
+    ("group_size", "gain", "kernel_size"),
+    [(1, "channel", 3), (4, "scalar", 3), (24, None, 3), (4, "channel", 1), (1, "channel", 5), (4, None, 7)],
+)
+def test_fit_taps__recovers_planted_taps(group_size, gain, kernel_size):
     model = vit()
-    config = SwapConfig(group_size=group_size, learn_local_gain=gain, local_gain=0.0 if gain else 0.5)
+    config = SwapConfig(
+        group_size=group_size, kernel_size=kernel_size, learn_local_gain=gain, local_gain=0.0 if gain else 0.5
+    )
     handle = mrl.swap_(model, mrl.plan(model, region=2, config=config))
     mixer = model.blocks[1].attn
     seen = []

@@ -66,6 +66,31 @@ def test_swap__swapped_height_and_width_fail_the_exactness_test():
     assert off(model(x), right) > 1e-3
 
 
+@pytest.mark.parametrize("kernel_size", [1, 5, 7])
+def test_swap__any_local_kernel_starts_at_the_same_model_and_costs_what_it_should(kernel_size, tmp_path):
+    original = make("dinov2")
+    model, usual, x = copy.deepcopy(original), copy.deepcopy(original), images(original)
+    handle = mrl.swap_(model, mrl.plan(model, region=2, config=SwapConfig(kernel_size=kernel_size)))
+    mrl.swap_(usual, mrl.plan(usual, region=2))
+    assert off(model(x), usual(x)) < 1e-5  # a delta, whatever surrounds it
+    with torch.no_grad():
+        for name in handle.names:
+            model.get_submodule(name).mrl.local.weight.normal_()
+    again = mrl.load(mrl.save(model, tmp_path / "saved"))
+    assert torch.equal(again(x), model(x))
+    handle.fold_()
+    assert off(model(x), again(x)) < 1e-4
+    plans = [
+        mrl.plan(original, region=2, example_inputs=x, config=SwapConfig(kernel_size=k)).rows[0]
+        for k in (kernel_size, 3)
+    ]
+    mixer = usual.get_submodule(handle.names[0]).mrl
+    taps = kernel_size**2 - 9
+    height, width = mixer.grid.size(plans[0].tokens_before - mixer.num_prefix_tokens)
+    assert 1e6 * (plans[0].params_m_after - plans[1].params_m_after) == pytest.approx(mixer.dim * taps)
+    assert 1e9 * (plans[0].gmacs_after - plans[1].gmacs_after) == pytest.approx(mixer.dim * taps * height * width)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_swap__ragged_regions_on_a_dynamic_size(setting):
     model = make("dinov2_registers", dynamic_img_size=True)
@@ -314,6 +339,7 @@ def test_grid__checkpointing_with_two_sizes_is_refused():
         ("local_gain", 1.0),
         ("learn_local_gain", None),
         ("group_size", 24),
+        ("kernel_size", 5),
         ("prefix", "region"),
     ],
 )
@@ -332,6 +358,11 @@ def test_swap_config__wrong_values_are_named():
         SwapConfig(reduce="max")
     with pytest.raises(mrl.SwapError, match="group_size"):
         SwapConfig(group_size=0)
+    for wrong in (0, 2, -3, 3.0, "3", True):
+        with pytest.raises(mrl.SwapError, match="the local kernel is odd; use 1, 3, 5 or 7"):
+            SwapConfig(kernel_size=wrong)
+    with pytest.raises(mrl.SwapError, match="local_gain=nan"):
+        SwapConfig(local_gain=float("nan"))
     model = make("dinov2")
     planned = mrl.plan(model, config=SwapConfig(group_size=7))
     with pytest.raises(mrl.SwapError, match="not a multiple"):

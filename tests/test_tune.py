@@ -1,5 +1,6 @@
 """`mrl tune`: its space, its sampler, fair arms, budgets, workers that die, and no look at the test side."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,18 +12,29 @@ from pathlib import Path
 
 import optuna
 import pytest
+import timm
+import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+import mrl
 from mrl.cli import main
 from mrl.errors import ConfigError, MissingExtra
 from mrl.fit_config import FitConfig
+from mrl.report.reasons import translated
+from mrl.report.words import Words
+from mrl.request import Request
+from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tune import default_words
+from mrl.tuned import tuned_warnings
 from mrl.tuning import Goal, Settings, parse_space
+from mrl.tuning.alive import Beats, signs_of_life
 from mrl.tuning.results import tune_document
 from mrl.tuning.sampler import Distinct, key_of
-from mrl.tuning.search import outcome
+from mrl.tuning.search import RETRIES, fail, outcome
 from mrl.tuning.space import read_space
 from mrl.tuning.storage import open_storage
+from mrl.workspace import Workspace
 from planted import LAYERS, SPACE, Planted, planted
 from test_poc import draw
 
@@ -62,6 +74,8 @@ def test_parse_space__reads_yaml_and_words_alike(tmp_path):
         (["reduce=mean,max"], "reduce"),
         (["layers=some,all"], "use all, each, first N, last N"),
         (["swap=faithful,best"], "swap 'best': unknown"),
+        (["kernel_size=3,4"], "the local kernel is odd; use 1, 3, 5 or 7"),
+        (["local_gain=0,nan"], "use a number"),
         (["seed=1,2"], "cannot be tuned"),
         (["calibration.seed=1,2"], "cannot be tuned"),
         (["lr=1e-5"], "nothing varies"),
@@ -161,6 +175,20 @@ def test_distinct__draws_follow_from_the_seed():
 
 
 # --- the search ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_default_words__make_a_space_of_all_that_the_surgery_has(model):
+    names = mrl.plan(timm.create_model(model)).names
+    space = read_space(default_words(names, 6)).bound(len(names))
+    regions = [a.name for a in space.axes if a.name.startswith("region")]
+    assert regions == (["region"] if model == "test_vit" else [f"region.layers.{i}" for i in range(4)])
+    assert {"layers", "kernel_size", "group_size", "local_gain", "local_source", "lr", "freeze"} <= {
+        a.name for a in space.axes
+    }
+    raw = {a.name: a.distribution().low if a.ordered else a.distribution().choices[0] for a in space.axes if a.values}
+    made = Settings.of(space.values({**raw, "lr": 1e-5}), "mrl", SwapConfig(), FitConfig(), CalibrateConfig())
+    assert (made.swap.kernel_size, made.swap.group_size, made.swap.local_source) == (3, 1, "value")
 
 
 @pytest.mark.slow
@@ -284,19 +312,95 @@ def wait(condition, *workers, seconds=900):
         time.sleep(0.05)
 
 
-def test_journal__a_stopped_worker_is_not_taken_for_dead(tmp_path):
-    ours, theirs = open_storage(None, tmp_path), open_storage(None, tmp_path)
-    study = optuna.create_study(storage=ours, study_name="a")
-    other = optuna.load_study(storage=theirs, study_name="a")
+def test_locks__a_stopped_worker_is_not_taken_for_dead_and_a_dead_one_is_at_once(tmp_path):
+    ours, theirs = (
+        optuna.create_study(storage=open_storage(None, tmp_path), study_name="a", load_if_exists=True) for _ in "ab"
+    )
+    trial, locks = ours.ask(), signs_of_life(None, tmp_path)
+    with locks.running(ours, trial):
+        assert not signs_of_life(None, tmp_path, grace_s=0).dead(theirs, theirs.trials)
+        (held,) = locks.folder.iterdir()
+    held.touch()  # a lock that nobody holds
+    assert [t.number for t in signs_of_life(None, tmp_path).dead(theirs, theirs.trials)] == [0]
 
-    def objective(trial):
-        optuna.storages.fail_stale_trials(other)
-        assert other.trials[0].state.name == "RUNNING"
-        return trial.suggest_float("x", 0, 1)
 
-    with pytest.warns(optuna.exceptions.ExperimentalWarning):
-        study.optimize(objective, n_trials=1)
-    assert other.trials[0].state.name == "COMPLETE"
+def test_beats__a_slow_worker_is_alive_and_a_silent_one_is_not(tmp_path):
+    study = optuna.create_study(storage=open_storage(None, tmp_path))
+    trial, ours, theirs = study.ask(), Beats(beat_s=0.02), Beats(grace_s=0.3)
+    with ours.running(study, trial):
+        for _ in range(8):
+            assert not theirs.dead(study, study.trials)
+            time.sleep(0.1)
+    assert not theirs.dead(study, study.trials)  # its last beat is seen
+    time.sleep(0.4)
+    assert [t.number for t in theirs.dead(study, study.trials)] == [0]
+
+
+DEATHS = {"before any value": 0, "between its values": 1, "with all values": 2}
+
+
+@pytest.mark.parametrize("values", DEATHS.values(), ids=DEATHS)
+@pytest.mark.parametrize("arm", ["mrl", "baseline"])
+def test_search__a_trial_is_repeated_wherever_its_worker_died(tmp_path, arm, values):
+    search = planted(tmp_path, trials=4, max_latency_ratio=2.0)
+    search = dataclasses.replace(search, alive=Beats(grace_s=0), poll_s=0.01)
+    study = search.study(arm)
+    late, dead = study.ask(), study.ask()  # two workers took a place; the second dies
+    for axis in search.space.of(arm).axes[:values]:
+        axis.suggest(dead)
+    study.tell(late, state=optuna.trial.TrialState.PRUNED)
+    search.alive.dead(study, study.trials)  # a first look
+    time.sleep(0.01)
+    studies = search.run()
+    account(studies["mrl"].trials, 4)
+    account(studies["baseline"].trials, 1)
+    (again,) = [t for t in studies[arm].trials if t.system_attrs.get("failed_trial") == dead.number]
+    assert again.state.name == "COMPLETE"
+    if values == 2:
+        assert again.params == dead.params
+
+
+def test_search__a_trial_that_kills_every_worker_is_left_alone(tmp_path):
+    study = planted(tmp_path, trials=4, max_latency_ratio=2.0).study("mrl")
+    for _ in range(RETRIES + 1):
+        trial = study.ask(study.sampler.space)
+        fail(study, trial.number)
+        fail(study, trial.number)  # of another worker, which saw the same
+    assert [t.state.name for t in study.trials] == ["FAIL"] * (RETRIES + 1)
+    assert len({key_of(t.params) for t in study.trials}) == 1
+    assert key_of(study.ask(study.sampler.space).params) != key_of(study.trials[0].params)
+
+
+def test_search__an_interrupted_trial_is_queued_again(tmp_path):
+    search = planted(tmp_path, trials=4, max_latency_ratio=2.0)
+    judge, asked = search.judge, []
+
+    def quality(settings, **told):
+        asked.append(settings)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return Planted.quality(judge, settings, **told)
+
+    judge.quality = quality
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    studies = search.run()
+    account(studies["mrl"].trials, 4)
+    assert asked[3] == asked[2]
+
+
+def account(trials, asked):
+    """Every trial is accounted for: as many complete ones as were asked, each dead one repeated, none left; returns the dead."""
+    states = Counter(t.state.name for t in trials)
+    assert [t.number for t in trials] == list(range(len(trials)))
+    assert states["COMPLETE"] == asked, states
+    assert set(states) <= {"COMPLETE", "PRUNED", "FAIL"}, states
+    dead = [t for t in trials if t.state.name == "FAIL"]
+    for one in dead:
+        (again,) = [t for t in trials if t.system_attrs.get("retry_history", [None])[-1] == one.number]
+        assert not set(one.params) - set(again.params)
+        assert again.state.name in ("COMPLETE", "FAIL") or outcome(again) in ("known", "surplus")
+    return dead
 
 
 def test_open_storage__says_what_is_wrong_without_the_password(tmp_path):
@@ -378,6 +482,100 @@ def test_tune__searches_without_a_look_at_the_test_side(tuned):
     assert len(list((out / "tune" / "trials").iterdir())) == 2 * 2 + 2 * 2
 
 
+def test_plan_step__swaps_the_modules_of_the_settings(tuned, data, tmp_path):
+    told = json.loads((tuned[0] / "tune" / "settings.json").read_text())["arms"]["mrl"]
+    request = Request("test_vit", str(data), image_size=32, settings=str(tuned[0]))
+    space = begin(Workspace(tmp_path / "run"), request)
+    assert space.protocol.tuned["tuned_on"]["n_test_seen"] == 0
+    plan_step(space, space.new_classifier().eval())
+    handle = swap_step(space, space.new_classifier().eval())
+    assert {row.name: list(row.region) for row in handle.plan.rows if row.action == "swap"} == told["regions"]
+    assert len(told["regions"]) == 2  # of six: the layers of the search
+    for arm in ("baseline", "mrl"):
+        assert space.protocol.budget_of(arm)["lr"] == space.protocol.tuned["arms"][arm]["fit"]["lr"]
+
+
+@pytest.mark.slow
+def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_see(tuned, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mrl.results.MEASURE_SECONDS", 2.0)
+    monkeypatch.setattr("mrl.results.OTHER_SIZES", (48,))
+    searched, out = tuned[0], tmp_path / "run"
+    asked = ["poc", "--model", "test_vit", "--data", str(data), "--image-size", "32", "--out", str(out)]
+    assert main([*asked, "--settings", str(searched)]) == 0
+    settings = json.loads((searched / "tune" / "settings.json").read_text())
+    chosen = json.loads((searched / "tune" / "tune.json").read_text())["settings"]
+    protocol = yaml.safe_load((out / "protocol.yaml").read_text())
+    assert protocol["tuned"]["sha256"] == settings["sha256"]
+    assert protocol["tuned"]["search"]["trials"] == {"baseline": 2, "mrl": 2}
+    assert protocol["tuned"]["tuned_on"] == {
+        "n_images": settings["seen"]["n"],
+        "n_test": protocol["data"]["n_test"],
+        "n_test_seen": 0,
+    }
+    for arm in ("baseline", "mrl"):
+        fit = json.loads((out / "arms" / arm / "fit.json").read_text())
+        assert protocol["tuned"]["arms"][arm]["fit"] == chosen[arm]["fit"]
+        assert fit["config"] == chosen[arm]["fit"]
+    planned = json.loads((out / "plan.json").read_text())
+    made = {row["name"]: row["region"] for row in planned["rows"] if row["action"] == "swap"}
+    assert made == settings["arms"]["mrl"]["regions"]
+    assert len(made) == 2  # of six: the layers of the search
+    assert planned["setting"] == "tuned"
+    assert planned["config"]["kernel_size"] == chosen["mrl"]["swap"]["kernel_size"]
+    report = json.loads((out / "report.json").read_text())
+    assert not [w for w in report["warnings"] if "mrl tune" in w]
+
+
+def test_poc__says_how_many_test_images_the_search_saw(tuned, data, tmp_path):
+    searched = tuned[0]
+    told = {"model": "test_vit", "data": str(data), "image_size": 32, "settings": str(searched)}
+    for more in ({"seed": 5}, {"preset": "standard"}):
+        space = begin(Workspace(tmp_path / str(more)), Request(**told, **more))
+        part = space.protocol.tuned
+        assert 0 < part["tuned_on"]["n_test_seen"] <= part["tuned_on"]["n_test"]
+        (said,) = tuned_warnings(part)
+        assert f"saw {part['tuned_on']['n_test_seen']} of the {part['tuned_on']['n_test']} test images" in said
+        assert translated(Words("ja"), said)["key"] == "warning.tuned_seen"
+    with pytest.raises(ConfigError, match=r"another protocol \(tuned: \w{12} there, none asked"):
+        begin(Workspace(tmp_path / str({"seed": 5})), Request("test_vit", str(data), image_size=32, seed=5))
+    part["arms"]["mrl"]["fit"]["epochs"] = 9
+    assert translated(Words("ja"), tuned_warnings(part)[1])["key"] == "warning.tuned_budget"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--region", "4", "--lr", "1e-3"], "--settings and --region, flags of the fit were both given"),
+        (["--image-size", "48"], "chosen for another image size"),
+        (["--settings", "nowhere"], "not settings that mrl tune wrote"),
+        (["--settings", "changed.json"], "was changed after mrl tune wrote it"),
+        (["--out", "SEARCHED", "--overwrite"], "--overwrite would delete the settings"),
+    ],
+)
+def test_poc__settings_that_do_not_fit_are_one_sentence(tuned, data, tmp_path, monkeypatch, capsys, more, said):
+    searched = tuned[0].resolve()
+    monkeypatch.chdir(tmp_path)
+    text = (searched / "tune" / "settings.json").read_text()
+    Path("changed.json").write_text(text.replace('"seen": {', '"seen": {"more": 1,'))
+    words = [
+        "poc",
+        "--model",
+        "test_vit",
+        "--data",
+        str(data),
+        "--image-size",
+        "32",
+        "--out",
+        "run",
+        "--settings",
+        str(searched),
+    ]
+    assert main([*words, *(str(searched) if w == "SEARCHED" else w for w in more)]) == 1
+    found = capsys.readouterr().err.strip().splitlines()
+    assert said in found[-1]
+    assert (searched / "tune" / "settings.json").read_text() == text
+
+
 def test_tune__a_finished_search_says_so(tuned, capsys):
     out, words = tuned
     before = (out / "tune" / "tune.json").stat().st_mtime_ns
@@ -388,7 +586,6 @@ def test_tune__a_finished_search_says_so(tuned, capsys):
 
 def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
     from mrl.tuning.images import TrainingSide
-    from mrl.workspace import Workspace
 
     out, _ = tuned
     side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
@@ -410,7 +607,6 @@ def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):
 
 def test_training_side__architectures_that_are_equal_are_one(tuned):
     from mrl.tuning.images import TrainingSide
-    from mrl.workspace import Workspace
 
     out, _ = tuned
     side = TrainingSide(Workspace(out), out / "tune", "eager", 0.1)
@@ -423,11 +619,15 @@ def test_training_side__architectures_that_are_equal_are_one(tuned):
     )
     assert architecture(region=2) != architecture(region=4)
     assert architecture(region=2) != architecture(region=2, reduce="mean")
+    for other in ({"kernel_size": 5}, {"group_size": 4}, {"local_source": "input"}):
+        assert architecture(region=2) != architecture(region=2, **other)  # each has its own latency
+    assert architecture(local_gain=0.5) == architecture(local_gain=1.0)
     assert architecture(region=2, lr=1e-3) == architecture(region=2, lr=1e-5)
     for wrong, said in (
         ({"layers": (9,)}, "use indices"),
         ({"region.stages.3": 2}, "no module's name begins with"),
         ({"freeze": 99}, "freeze=99"),
+        ({"group_size": 7}, "not a multiple"),
     ):
         with pytest.raises(Exception, match=said):
             architecture(**wrong)

@@ -11,7 +11,7 @@ import pytest
 from mrl.tuning.search import outcome
 from mrl.tuning.storage import close_storage, open_storage
 from postgres import binaries, cluster
-from test_tune import start, wait
+from test_tune import account, start, wait
 
 NEEDED = pytest.mark.skipif(binaries() is None, reason="PostgreSQL's initdb and postgres are not installed")
 TRIALS = 6
@@ -51,21 +51,12 @@ def test_search__two_workers_on_postgresql_finish_when_one_is_killed(tmp_path):
         assert not (folders[0] / "done-x.json").exists()
         names = optuna.get_all_study_names(storage)
         assert len(names) == 3  # both arms, and the judges
-        died = 0
+        died = []
         for name in names:
             trials = optuna.load_study(study_name=name, storage=storage).trials
-            assert [t.number for t in trials] == list(range(len(trials)))
-            states = Counter(t.state.name for t in trials)
-            assert set(states) <= {"COMPLETE", "PRUNED", "FAIL"}, states  # nothing runs, nothing waits
-            assert states["COMPLETE"] == (6 if "judges" in name else TRIALS if name.endswith("mrl") else 1)
+            died += account(trials, 6 if "judges" in name else TRIALS if name.endswith("mrl") else 1)
             assert all(outcome(t) in ("known", "surplus") for t in trials if t.state.name == "PRUNED")
-            for dead in (t for t in trials if t.state.name == "FAIL"):
-                again = [t for t in trials if t.system_attrs.get("failed_trial") == dead.number]
-                repeated = [(t.params, t.state.name) for t in again]
-                # a trial without values (the baseline's only one) is not missed where another worker completed the study
-                assert repeated == [(dead.params, "COMPLETE")] or (not dead.params and repeated == []), name
-                died += 1
-        assert died == 1
+        assert len(died) == 1
         close_storage(storage)
         assert record["arms"]["mrl"]["outcomes"]["trained"] == TRIALS
         assert len({str(r["values"]) for r in record["arms"]["mrl"]["trials"] if r["outcome"] == "trained"}) == TRIALS

@@ -168,10 +168,9 @@ def arms_of(protocol: Protocol) -> dict[str, Arm]:
         ['none', 'auto']
     """
     told = {"model": protocol.model, "weights": protocol.weights, "region": protocol.region, "layers": protocol.layers}
-    budget = FitConfig(**protocol.budget)
     found = {
-        BASELINE: Arm(BASELINE, **told, swap="none", budget=budget),
-        MRL: Arm(MRL, **told, swap=protocol.swap, budget=budget),
+        BASELINE: Arm(BASELINE, **told, swap="none", budget=FitConfig(**protocol.budget_of(BASELINE))),
+        MRL: Arm(MRL, **told, swap=protocol.swap, budget=FitConfig(**protocol.budget_of(MRL))),
     }
     for name, settings in protocol.arm_settings.items():
         kept = {k: v for k, v in settings.items() if k in FIELDS and k != "budget"}

@@ -14,6 +14,7 @@ from mrl.fit import FitConfig
 from mrl.run import say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig
+from mrl.tuned import read_settings
 from mrl.workspace import Workspace, spaces_of
 
 OWN_FILES = (
@@ -33,6 +34,7 @@ def poc(
     region: int = 2,
     swap: str = "auto",
     layers: list[int] | None = None,
+    settings: str | None = None,
     preset: str = "quick",
     seed: int = 0,
     on_bad: str = "error",
@@ -63,6 +65,8 @@ def poc(
         region: positions a region spans along each side; 1 is plain attention.
         swap: faithful, cheap, paper, or auto (faithful where it is predicted to be faster, else cheap).
         layers: indices of the blocks to swap, such as 6 7 8 or -1; all without it.
+        settings: what `mrl tune` chose, its run folder or tune/settings.json, instead of region, swap, layers and flags of
+            the fit and the calibration; each arm gets its own.
         preset: quick: one hold-out of 25 %, 15 % of the training side for inner validation; standard: 5 folds, twice, 10
             fits an arm; full: 5 folds, five times, and from 1,000 images on a frozen test set of 20 %, scored once.
         seed: of the split and the training.
@@ -90,7 +94,7 @@ def poc(
     more = read_arms(arms)
     request = Request(
         model, data, weights, test, weights_unseen, size, region, swap, layers, preset, seed, on_bad, group_near, bit_depth, margin, alpha,
-        max_slowdown, budget, calibration, more,
+        max_slowdown, budget, calibration, more, settings,
     )  # fmt: skip
     if arm is not None:
         check_arm(arm, [BASELINE, MRL, *(str(entry.get("name")) for entry in more)])
@@ -141,6 +145,10 @@ def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:
     request.check()
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in OWN_FILES[:3]):
         raise ConfigError(f"--out {out} exists and is not a run of mrl; choose another --out.")
+    if request.settings is not None:
+        read_settings(request.settings)
+        if overwrite and out.resolve() in (Path(request.settings).resolve(), *Path(request.settings).resolve().parents):
+            raise ConfigError(f"--overwrite would delete the settings in {out}; choose another --out.")
     if overwrite and out.is_dir():
         for path in (
             *(out / name for name in OWN_FILES),

@@ -52,6 +52,8 @@ class Protocol:
             hold-out, and then not a part of the file or of its hash.
         arm_settings: of every arm beside baseline and mrl: model, weights, swap, region, layers, budget; where there are
             none, not a part of the file or of its hash.
+        tuned: settings from `mrl tune`, each arm's own, and how many test images took part in their choice; empty without, and
+            then not a part either. `budget` and `calibration` are then those of the baseline and the swapped arm.
         task: what is learned.
         schema: version of this file's layout.
 
@@ -86,17 +88,27 @@ class Protocol:
     mde: dict[str, Any] = field(default_factory=dict)
     folds: dict[str, Any] = field(default_factory=dict)
     arm_settings: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, Any] = field(default_factory=dict)
     task: str = "classification"
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, without the hash."""
         fields = dataclasses.asdict(self)
-        return plain({k: v for k, v in fields.items() if k not in ("folds", "arm_settings") or v})
+        return plain({k: v for k, v in fields.items() if k not in ("folds", "arm_settings", "tuned") or v})
 
     def sha256(self) -> str:
         """The hash of the fields, independent of their order."""
         return sha256_text(json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True))
+
+    def budget_of(self, arm: str) -> dict[str, Any]:
+        """The fit's configuration of an arm: the one of all, or what `mrl tune` chose for this one.
+
+        Example:
+            >>> Protocol({}, "test_vit", budget={"lr": 1}, tuned={"arms": {"mrl": {"fit": {"lr": 2}}}}).budget_of("mrl")
+            {'lr': 2}
+        """
+        return self.tuned.get("arms", {}).get(arm, {}).get("fit", self.budget)
 
     @property
     def max_slowdown(self) -> float:

@@ -16,8 +16,12 @@ from mrl.protocol import RULE, Protocol
 from mrl.run import say, sha256_file
 from mrl.stats import detectable_by_folds, minimum_detectable_effect, primary_metric
 from mrl.swap import SETTINGS, CalibrateConfig
+from mrl.tuned import calibration_of, fit_of, read_settings, tuned_part, tuned_warnings
 
 DISAGREEMENT = (0.05, 0.1, 0.2)
+SETTLED = {
+    "region": "--region", "swap": "--swap", "layers": "--layers", "budget": "flags of the fit", "calibration": "--calibration flags",
+}  # fmt: skip
 
 FOLD_CALIBRATION = 640
 """Images that calibrate a fold's swapped arm where nothing else is asked for.
@@ -54,6 +58,7 @@ class Request:
         budget: of the fit, for both arms.
         calibration: of the swapped arms.
         arms: more arms, the entries of the file of `--arms`.
+        settings: what `mrl tune` wrote, instead of region, swap, layers, budget and calibration.
     """
 
     model: str
@@ -76,6 +81,7 @@ class Request:
     budget: FitConfig = field(default_factory=FitConfig)
     calibration: CalibrateConfig = field(default_factory=CalibrateConfig)
     arms: list[dict[str, Any]] = field(default_factory=list)
+    settings: str | None = None
 
     def more_arms(self) -> dict[str, dict[str, Any]]:
         """Every setting of the arms beside baseline and mrl, by name."""
@@ -101,6 +107,13 @@ class Request:
             raise ConfigError(
                 f"--max-slowdown {self.max_slowdown}: 1 is no slower, 1.2 is up to 20 % slower; use 1 or more."
             )
+        own = [n for n in SETTLED if self.settings is not None and getattr(self, n) != getattr(Request("", ""), n)]
+        if own:
+            raise ConfigError(
+                f"--settings and {', '.join(SETTLED[n] for n in own)} were both given; the settings hold them, so leave these out."
+            )
+        if self.settings is not None and self.arms:
+            raise ConfigError("--settings and --arms were both given; settings are of two arms, baseline and mrl: leave one out.")
         if weights_are_own(self.model, self.weights) and not (self.test or self.weights_unseen):
             raise ConfigError(
                 "weights of your own may have seen these images, and then the test would flatter the model: give images they "
@@ -120,17 +133,21 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
     counts = audit.to_dict()["class_counts"]
     size = pair_of(request.image_size)
     folds: dict[str, Any] = {}
-    calibration, more = request.calibration, request.more_arms()
+    more = request.more_arms()
     for settings in more.values():
         settings["weights_sha256"] = _weights_hash(settings["model"], settings["weights"])
     alpha = request.alpha / (1 + len(more))  # the strictest level at which Holm may judge an arm
+    budget, calibration, tuned = request.budget, request.calibration, _tuned(request, audit, split)
+    if tuned:
+        budget = fit_of(tuned)
+        calibration = calibration_of(tuned, FOLD_CALIBRATION if isinstance(split, Folds) else None)
     if isinstance(split, Folds):
         folds = {"k": split.k, "repeats": split.repeats, "n_frozen": split.n_frozen, "test": "corrected_t"}
         n_test = len(split.rows) - split.n_frozen
         effects = {
             str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=alpha) for p in DISAGREEMENT
         }
-        if calibration == CalibrateConfig():
+        if calibration == CalibrateConfig() and not tuned:
             calibration = replace(calibration, max_images=FOLD_CALIBRATION)
     else:
         n_test = sum(row.split == "test" for row in split)
@@ -163,13 +180,35 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         metric=primary_metric(counts),
         margin=request.margin,
         alpha=request.alpha,
-        budget=asdict(request.budget),
+        budget=asdict(budget),
         calibration=asdict(calibration),
         latency={"backend": "onnxruntime", "precision": "fp32", "batch": 1, "image_size": [int(n) for n in size]},
         decision={"rule": RULE, "max_slowdown": request.max_slowdown},
         mde={"n_test": n_test, "power": 0.8, "alpha": alpha, "by_disagreement": effects},
         folds=folds,
+        tuned=tuned,
     )
+
+
+def _tuned(request: Request, audit: Audit, split: Sequence[SplitRow] | Folds) -> dict[str, Any]:
+    """The part of the protocol that says which settings, and which images chose them; empty without settings."""
+    if request.settings is None:
+        return {}
+    facts = {
+        "model": request.model,
+        "weights": request.weights,
+        "weights_sha256": _weights_hash(request.model, request.weights),
+        "image_size": pair_of(request.image_size),
+        "classes": sorted(audit.class_counts),
+    }
+    frozen: set[str] = set()
+    if isinstance(split, Folds):
+        frozen = {row.image for row in split.rows if row.frozen}
+        tested = {row.image for row in split.rows} - frozen
+    else:
+        tested = {row.image for row in split if row.split == "test"}
+    sides = ({image: audit.pixels[image] for image in images} for images in (tested, frozen))
+    return tuned_part(read_settings(request.settings), facts, *sides)
 
 
 def _detectable(n: int, disagreement: float, alpha: float) -> float:
@@ -189,6 +228,8 @@ def _weights_hash(model: str, weights: str | None) -> str | None:
 
 def say_mde(protocol: Protocol) -> None:
     """Prints what this many test images can show, before anything is trained."""
+    for warning in tuned_warnings(protocol.tuned):
+        say(warning)
     mde = protocol.mde
     shown = ", ".join(
         f"{100 * v:.1f} points where the arms disagree on {100 * float(share):.0f} %"

@@ -30,6 +30,7 @@ from mrl.request import Request, make_protocol, pair_of, say_mde
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
+from mrl.tuned import tuned_plan
 from mrl.workspace import Workspace
 
 FOLD_PRESETS = ("standard", "full")
@@ -86,8 +87,9 @@ def _same_protocol(space: Workspace, asked: Protocol) -> None:
     there = space.protocol
     if there.sha256() != asked.sha256():
         a, b = there.to_dict(), asked.to_dict()
+        a, b = ({"tuned": (p.pop("tuned", None) or {}).get("sha256", "none")[:12], **p} for p in (a, b))
         differing = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-        shown = "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} asked" for k in differing[:2])
+        shown = "; ".join(f"{k}: {a.get(k, 'none')} there, {b.get(k, 'none')} asked" for k in differing[:2])
         raise ConfigError(
             f"--out {space.out} holds a run of another protocol ({shown}); choose another --out, or say --overwrite."
         )
@@ -197,7 +199,10 @@ def plan_step(space: Workspace, model: torch.nn.Module, arm: str = MRL, *, overw
         image = torch.randn(1, 3, *protocol.image_size, generator=noise)
     else:
         image = space.image_set("train", arm=arm)[0]["image"][None]
-    found, setting = resolve_swap(model, chosen.swap, chosen.region, chosen.layers, image)
+    if protocol.tuned:
+        found, setting = tuned_plan(model, protocol.tuned, image), "tuned"
+    else:
+        found, setting = resolve_swap(model, chosen.swap, chosen.region, chosen.layers, image)
     write_plan(path, found, setting, protocol.image_size, space.stamp(), overwrite=overwrite)
     ratio = found.predicted_latency_ratio
     say(
@@ -209,9 +214,9 @@ def plan_step(space: Workspace, model: torch.nn.Module, arm: str = MRL, *, overw
 def swap_step(space: Workspace, model: torch.nn.Module, arm: str = MRL) -> Handle:
     """Swaps as the arm's `plan.json` says, without planning again."""
     stored = read_json(space.arm_file(arm, "plan.json"))
-    names = [row["name"] for row in stored["rows"] if row["action"] == "swap"]
+    regions = {row["name"]: tuple(row["region"]) for row in stored["rows"] if row["action"] == "swap"}
     config = SwapConfig(**stored["config"])
-    return swap_(model, plan(model, region=space.arms[arm].region, target=names, config=config))
+    return swap_(model, plan(model, region=regions, target=list(regions), config=config))
 
 
 def calibrate_step(space: Workspace, handle: Handle, folder: Path, arm: str = MRL) -> dict[str, Any]:

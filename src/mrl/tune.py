@@ -12,6 +12,7 @@ from mrl.errors import ConfigError
 from mrl.fit import FitConfig
 from mrl.run import plain, read_json, say, write_json
 from mrl.swap import CalibrateConfig, SwapConfig
+from mrl.tuned import SETTINGS_FILE, write_settings
 from mrl.tuning.goal import Goal
 from mrl.tuning.settings import Settings
 from mrl.tuning.space import Space, read_space
@@ -21,24 +22,50 @@ from mrl.workspace import Workspace
 FOLDER, RESULT = "tune", "tune.json"
 
 
-def default_words(n_layers: int, n_blocks: int) -> list[str]:
-    """The search space where none is given, for a model of so many swappable layers and so many blocks.
+def default_words(names: Sequence[str], n_blocks: int) -> list[str]:
+    """The search space where none is given, for a model with these swappable modules and so many blocks.
 
     Example:
-        >>> default_words(12, 12)[:2]
+        >>> default_words([f"blocks.{i}.attn" for i in range(12)], 12)[:2]
         ['region=2,3,4', 'layers=all,last8,last4']
+        >>> default_words(["layers.0.blocks.0.attn", "layers.1.blocks.0.attn"], 2)[:2]
+        ['region.layers.0=1,2,4', 'region.layers.1=1,2,4']
     """
-    layers = dict.fromkeys(f"last{n}" for n in (round(n_layers * 2 / 3), round(n_layers / 3)) if 0 < n < n_layers)
-    freeze = dict.fromkeys(str(n) for n in (0, n_blocks // 3, n_blocks * 2 // 3))
+    n = len(names)
+    layers = dict.fromkeys(f"last{k}" for k in (round(n * 2 / 3), round(n / 3)) if 0 < k < n)
+    freeze = dict.fromkeys(str(k) for k in (0, n_blocks // 3, n_blocks * 2 // 3))
     return [
-        "region=2,3,4",
+        *([f"region.{stage}=1,2,4" for stage in stages_of(names)] or ["region=2,3,4"]),
         f"layers={','.join(['all', *layers])}",
         "swap=faithful,cheap",
+        "kernel_size=3,5",
+        "group_size=1,4",
+        "local_gain=0,0.5",
+        "local_source=value,input",
         "lr=1e-6..1e-4:log",
         "weight_decay=0,0.05,0.1",
         "augment=none,light,medium",
         f"freeze={','.join(freeze)}",
     ]
+
+
+def stages_of(names: Sequence[str]) -> list[str]:
+    """The stages of a pyramid: what its modules' names share up to the first of two numbers; none for one stage.
+
+    Example:
+        >>> stages_of(["backbone.stages.2.blocks.0.attn", "backbone.stages.2.blocks.1.attn", "backbone.stages.3.blocks.0.attn"])
+        ['stages.2', 'stages.3']
+        >>> stages_of(["blocks.0.attn", "blocks.1.attn"])
+        []
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.removeprefix("backbone.").split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if len(numbers) < 2:
+            return []
+        found[".".join(parts[: numbers[0] + 1])] = None
+    return list(found) if len(found) > 1 else []
 
 
 def tune(
@@ -52,7 +79,7 @@ def tune(
     seconds: float = 6.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json`.
+    """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json` and `tune/settings.json`.
 
     Both arms get the same number of trained trials; the baseline has the axes of the fit. A killed search goes on where it
     stopped when the call is repeated, and several processes with the same storage share one search.
@@ -75,6 +102,7 @@ def tune(
         MissingExtra: Optuna or the driver of the database is not installed.
     """
     require_optuna()
+    from mrl.tuning.alive import signs_of_life
     from mrl.tuning.images import TrainingSide
     from mrl.tuning.results import tune_document
     from mrl.tuning.search import Search
@@ -94,10 +122,14 @@ def tune(
             return read_json(done)
         say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
         identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
-        found = tune_document(Search(judge, bound, partial(settings_of, space), goal, kept, name, identity))
+        alive = signs_of_life(storage, folder)
+        search = Search(judge, bound, partial(settings_of, space), goal, kept, name, identity, alive=alive)
+        found = tune_document(search)
     finally:
         close_storage(kept)
     write_json(done, {**space.stamp(), **found})
+    if all(found["settings"].values()):
+        say(f"for the main job: mrl poc --settings {_write_settings(space, judge, found, folder / SETTINGS_FILE)}")
     judge.clear()
     _say_result(found, done)
     return read_json(done)
@@ -105,8 +137,32 @@ def tune(
 
 def _bound(words: Sequence[str], judge: Any) -> Space:
     """The space of the words, or a default one, for the model's layers."""
-    n = len(judge.names)
-    return read_space(list(words) or default_words(n, len(judge.skeleton.layer_groups()) - 2)).bound(n)
+    names, n_blocks = judge.names, len(judge.skeleton.layer_groups()) - 2
+    return read_space(list(words) or default_words(names, n_blocks)).bound(len(names))
+
+
+def _write_settings(space: Workspace, judge: Any, found: dict[str, Any], path: Path) -> Path:
+    """What `mrl poc --settings` takes: the chosen of both arms with their modules by name, and the images that chose."""
+    protocol, pixels = space.protocol, space.audit.pixels
+    modules = judge.architecture(Settings.from_dict(found["settings"]["mrl"]))["modules"]
+    arms = {
+        arm: {k: told[k] for k in ("fit", "calibration", "swap") if k in told}
+        for arm, told in found["settings"].items()
+    }
+    arms["mrl"]["regions"] = modules
+    trained = {
+        arm: sum(part["outcomes"].get(k, 0) for k in ("trained", "failed")) for arm, part in found["arms"].items()
+    }
+    document = {
+        "model": protocol.model,
+        "weights": protocol.weights,
+        "weights_sha256": protocol.weights_sha256,
+        "image_size": protocol.image_size,
+        "classes": protocol.data["classes"],
+        "search": {"study": found["study"], "protocol_sha256": protocol.sha256(), "trials": trained},
+        "arms": arms,
+    }
+    return write_settings(path, document, (pixels[s.image] for side in (judge.train, judge.val) for s in side.samples))
 
 
 def settings_of(space: Workspace, values: dict[str, Any], arm: str) -> Settings:
@@ -131,7 +187,8 @@ def forget(storage: Any, name: str, folder: Path) -> None:
             optuna.delete_study(study_name=found, storage=storage)
     for part in ("trials", "starts"):
         shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, SETTINGS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _same(found: dict[str, Any], goal: Goal, space: Space, name: str) -> bool:

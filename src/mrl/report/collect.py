@@ -10,6 +10,7 @@ from typing import Any
 
 from mrl.errors import ConfigError
 from mrl.run import plain, read_csv, read_json
+from mrl.tuned import tuned_warnings
 
 ARMS = ("baseline", "mrl")
 _LATENCY = ("latency_ms_median", "latency_ms_p95", "latency_ms_p99", "throughput_img_s")
@@ -260,7 +261,7 @@ def warnings_of(run: RunFiles) -> list[str]:
         >>> warnings_of(RunFiles(Path(), audit={"warnings": ["no groups"]}, comparison={"warnings": ["no groups"]}, **files))
         ['no groups']
     """
-    found = list(run.audit.get("warnings") or [])
+    found = [*tuned_warnings(run.protocol.get("tuned") or {}), *(run.audit.get("warnings") or [])]
     found += [f"{arm}: {text}" for arm, fit in run.fits.items() for text in (fit or {}).get("warnings") or []]
     found += list((run.calibration or {}).get("warnings") or [])
     found += list(run.comparison.get("warnings") or []) + list(run.measure.get("warnings") or [])

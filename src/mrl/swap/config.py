@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +27,9 @@ class SwapConfig:
             the output projection was trained on) or the module's "input" (the paper's).
         local_gain: weight of the local source; 0 starts with regional mixing only, 1 is the paper's.
         learn_local_gain: "channel" or "scalar" makes the gain a parameter that starts at `local_gain`; None fixes it.
-        group_size: channels per group of the local 3 x 3 convolution; 1 is depthwise.
+        group_size: channels per group of the local convolution; 1 is depthwise.
+        kernel_size: side of the local convolution's kernel, odd; 1 mixes channels only (and nothing with `group_size=1`),
+            3 is the paper's, 7 reaches three positions to each side.
         prefix: "exact" lets CLS and register tokens attend to every position as before; "region" sends them with the
             region tokens, which is cheaper.
         bias: what to do with attention masks and biases: "pool" pools them to regions, "error" refuses them.
@@ -49,6 +52,7 @@ class SwapConfig:
     local_gain: float = 0.0
     learn_local_gain: Literal["scalar", "channel"] | None = "channel"
     group_size: int = 1
+    kernel_size: int = 3
     prefix: Literal["exact", "region"] = "exact"
     bias: Literal["pool", "error"] = "pool"
     on_unsupported: Literal["error", "skip"] = "error"
@@ -70,6 +74,10 @@ class SwapConfig:
                 )
         if not isinstance(self.group_size, int) or self.group_size < 1:
             raise SwapError(f"SwapConfig(group_size={self.group_size!r}): use a whole number from 1.")
+        if type(self.kernel_size) is not int or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise SwapError(f"SwapConfig(kernel_size={self.kernel_size!r}): the local kernel is odd; use 1, 3, 5 or 7.")
+        if not isinstance(self.local_gain, (int, float)) or not math.isfinite(self.local_gain):
+            raise SwapError(f"SwapConfig(local_gain={self.local_gain!r}): use a number, such as 0 or 1.")
 
     @classmethod
     def named(cls, name: str) -> SwapConfig:

@@ -46,7 +46,7 @@ class RegionCore(nn.Module):
     """Regional attention and local convolution between inherited projections.
 
     q, k, v of the patch tokens are reduced to one token a region; region (and prefix) tokens attend to each other; each
-    position receives its region's token, plus `local_gain` times the local source; a 3 x 3 convolution mixes locally.
+    position receives its region's token, plus `local_gain` times the local source; a small convolution mixes locally.
     Prefix tokens (CLS, registers) attend to every position as before (`prefix="exact"`) or go with the region tokens.
     With regions of 1 x 1 and the parameters it starts from, this is softmax attention.
 
@@ -102,7 +102,7 @@ class RegionCore(nn.Module):
         for name in self.reduced:
             self.add_module(f"reduce_{name}", RegionConv(dim, region, **new) if depthwise else None)
             self.add_module(f"norm_{name}", RegionNorm(dim, device=device))
-        self.local = LocalConv(dim, 3, config.group_size, **new)
+        self.local = LocalConv(dim, config.kernel_size, config.group_size, **new)
         gain = config.local_gain
         if config.learn_local_gain is not None:
             size = dim if config.learn_local_gain == "channel" else 1

@@ -98,7 +98,6 @@ def judge_again(search: Search, found: Sequence[Candidate]) -> list[dict[str, An
     study = search.study(f"judges-{digest([keys, n])}", ["maximize"], sampler)
 
     def objective(trial: Trial) -> float:
-        trial.set_user_attr("started", True)
         task = trial.suggest_int("task", 0, len(tasks) - 1)
         search.only(study, trial, str(task), len(tasks))
         candidate, j = tasks[task]
@@ -106,7 +105,7 @@ def judge_again(search: Search, found: Sequence[Candidate]) -> list[dict[str, An
         say(f"judged {candidate.arm} trial {candidate.number} again, seed {j + 1} of {n}: {score:.4f}")
         return score
 
-    run_all(study, len(tasks), objective, search.poll_s)
+    run_all(study, len(tasks), objective, search.alive, search.poll_s)
     scores = {t.params["task"]: t for t in study.get_trials(deepcopy=False) if outcome(t) in ("trained", "failed")}
     return [
         _record(search, study, c, [scores.get(i * n + j) for j in range(n)]) for i, c in enumerate(found)

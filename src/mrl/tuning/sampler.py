@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,9 @@ class Distinct(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
         """The values of a new trial."""
-        if not self.space:
+        if self.space.keys() <= trial.params.keys():  # nothing varies, or it was queued with its values
             return {}
-        every = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.params]
+        every = self._whole(t for t in study.get_trials(deepcopy=False) if t.number != trial.number)
         told = [t for t in every if t.state != TrialState.FAIL and t.user_attrs.get("outcome") not in UNTOLD]
         known = known_points(every)
         rng = np.random.default_rng([self.seed, len(told)])
@@ -84,7 +84,11 @@ class Distinct(BaseSampler):
     def exhausted(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether every point of a finite space is known."""
         points = len(list(_points(self.space))) if _size(self.space) <= ENUMERATED else math.inf
-        return len(known_points(trials)) >= points
+        return len(known_points(self._whole(trials))) >= points
+
+    def _whole(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        """Those with all their values; another worker's may be between its first and its last."""
+        return [t for t in trials if t.params and self.space.keys() <= t.params.keys()]
 
     def _balanced(self, told: Sequence[FrozenTrial], known: Collection[tuple], rng: np.random.Generator) -> Params:
         """The least used value on every axis, ties by chance; any point that is not known where those are used up."""

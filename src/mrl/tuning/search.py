@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import optuna
@@ -12,14 +12,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mrl.errors import ConfigError, MrlError
 from mrl.run import plain, say
+from mrl.tuning.alive import Beats
 from mrl.tuning.goal import Goal
 from mrl.tuning.sampler import Distinct
 from mrl.tuning.settings import Settings, digest
 from mrl.tuning.space import Space
-from mrl.tuning.storage import reap
 
 ARMS = ("baseline", "mrl")
 POLL_S = 5.0
+RETRIES = 3  # of a trial whose worker died
 TRAINED, FAILED, OVER, REFUSED, KNOWN, SURPLUS = "trained", "failed", "over budget", "refused", "known", "surplus"
 WASTED = 20  # proposals for each trial that may come to nothing before it gives up
 IDENTITY = "identity"
@@ -57,6 +58,7 @@ class Search:
         name: of the studies.
         identity: further facts that all workers must share, such as the protocol's hash.
         engine: of the sampler.
+        alive: the signs of life of running trials that workers give and watch.
         poll_s: seconds between looks at what other workers do.
     """
 
@@ -68,6 +70,7 @@ class Search:
     name: str
     identity: Mapping[str, Any]
     engine: str = "gp"
+    alive: Beats = field(default_factory=Beats)
     poll_s: float = POLL_S
 
     def study(self, arm: str, directions: Sequence[str] | None = None, sampler: Any = None) -> optuna.Study:
@@ -111,7 +114,7 @@ class Search:
         while True:
             arm = self._next(studies)
             if arm is not None:
-                one_trial(studies[arm], lambda trial, arm=arm: self._trial(studies[arm], arm, trial))
+                one_trial(studies[arm], lambda trial, arm=arm: self._trial(studies[arm], arm, trial), self.alive)
                 continue
             if not any(_count(s.get_trials(deepcopy=False), live=True) for s in studies.values()):
                 break
@@ -127,7 +130,7 @@ class Search:
         """The arm that is behind, of those that still need trials."""
         needed = {}
         for arm, study in studies.items():
-            reap(study)
+            reap(study, self.alive)
             trials = study.get_trials(deepcopy=False)
             waiting = any(t.state == TrialState.WAITING for t in trials)
             spent = len([t for t in trials if counts(t)])
@@ -141,7 +144,8 @@ class Search:
 
     def _single(self, arm: str, trials: Sequence[FrozenTrial]) -> bool:
         """Whether the arm has nothing that varies, and its one trial was proposed."""
-        return not self.space.of(arm).axes and any(t.state != TrialState.FAIL for t in trials)
+        mine = [t for t in trials if t.state != TrialState.FAIL and outcome(t) not in (KNOWN, SURPLUS)]
+        return not self.space.of(arm).axes and bool(mine)
 
     def _check(self, arm: str, study: optuna.Study) -> None:
         trials = study.get_trials(deepcopy=False)
@@ -160,7 +164,6 @@ class Search:
 
     def _trial(self, study: optuna.Study, arm: str, trial: Trial) -> float | tuple[float, float]:
         """One trial: what it is, whether it is new, what it costs, and only then how good it is."""
-        trial.set_user_attr("started", True)
         space = self.space.of(arm)
         raw = {axis.name: axis.suggest(trial) for axis in space.axes}
         try:
@@ -227,36 +230,66 @@ def outcome(trial: FrozenTrial) -> str:
     return trial.user_attrs.get("outcome", trial.state.name.lower())
 
 
-def one_trial(study: optuna.Study, objective: Callable[[Trial], Any]) -> None:
-    """Runs one trial; where others took this worker for dead meanwhile, the trial is theirs, and nothing is lost but time."""
-    taken: list[int] = []
+def one_trial(study: optuna.Study, objective: Callable[[Trial], Any], alive: Beats) -> None:
+    """Runs one trial; where others took this worker for dead meanwhile, the trial is theirs, and nothing is lost but time.
 
-    def watched(trial: Trial) -> Any:
+    A trial that an error or an interruption ends is queued again, as one of a dead worker is.
+    """
+    trial = study.ask()
+    with alive.running(study, trial):
         try:
-            value = objective(trial)
+            told = study.tell(trial, objective(trial), skip_if_finished=True)
+        except optuna.TrialPruned:
+            told = study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
-            taken.append(trial.number)
+            told = study.tell(trial, skip_if_finished=True)
+        except BaseException:
+            fail(study, trial.number)
             raise
-        if study.get_trials(deepcopy=False)[trial.number].state == TrialState.FAIL:
-            taken.append(trial.number)
-        return value
+    if told.state == TrialState.FAIL:
+        say(f"trial {trial.number}: this worker was silent for too long and was taken for dead; the trial is run again")
 
+
+def reap(study: optuna.Study, alive: Beats) -> None:
+    """Fails the running trials of dead workers, and queues each again."""
+    for trial in alive.dead(study, study.get_trials(deepcopy=False)):
+        fail(study, trial.number)
+
+
+def fail(study: optuna.Study, number: int) -> None:
+    """Fails a running trial and queues it again, up to 3 times; of several workers that try, one does.
+
+    The new trial has the values of the dead one, or draws them where it died before it had them all; what the dead one noted
+    of itself is forgotten. Where its place has been taken meanwhile, it ends as known or surplus.
+    """
     try:
-        study.optimize(watched, n_trials=1)
-    except Exception:
-        if not taken:
-            raise
-        say(f"trial {taken[0]}: this worker was silent for too long and was taken for dead; the trial is run again")
+        dead = study.tell(number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # it is finished: somebody else was first
+        return
+    history = [*dead.system_attrs.get("retry_history", []), number]
+    if len(history) > RETRIES:
+        return
+    whole = study.sampler.space.keys() <= dead.params.keys()
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=dead.params if whole else {},
+            distributions=dead.distributions if whole else {},
+            system_attrs={"failed_trial": history[0], "retry_history": history},
+        )
+    )
 
 
-def run_all(study: optuna.Study, n: int, objective: Callable[[Trial], float], poll_s: float = POLL_S) -> None:
+def run_all(
+    study: optuna.Study, n: int, objective: Callable[[Trial], float], alive: Beats, poll_s: float = POLL_S
+) -> None:
     """Runs trials until n of them are done, by this worker or others."""
     while True:
-        reap(study)
+        reap(study, alive)
         trials = study.get_trials(deepcopy=False)
         live, done = _count(trials, live=True), sum(counts(t) for t in trials)
         if done + live < n or any(t.state == TrialState.WAITING for t in trials):
-            one_trial(study, objective)
+            one_trial(study, objective, alive)
         elif live:
             time.sleep(poll_s)
         else:

@@ -1,4 +1,4 @@
-"""Where trials are kept: a journal file on one machine, a database for many; both find the trials of the dead."""
+"""Where trials are kept: a journal file on one machine, a database for many."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from mrl.errors import ConfigError, MissingExtra
 
-HEARTBEAT_S, GRACE_S = 30, 120  # a database trial without a beat for so long is dead
-RETRIES = 3
 DRIVERS = {"postgresql": "postgresql+pg8000", "postgres": "postgresql+pg8000"}
 
 
@@ -45,15 +42,13 @@ def experimental() -> Iterator[None]:
         yield
 
 
-def open_storage(storage: str | None, folder: Path, *, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_S) -> Any:
+def open_storage(storage: str | None, folder: Path) -> Any:
     """The storage of a search.
 
     Args:
         storage: None is `journal.log` in the folder; a path is that journal file; a URL is a database of SQLAlchemy's.
             PostgreSQL is spoken to by pg8000; its password may stand in PGPASSWORD instead of the URL.
         folder: of the search.
-        heartbeat_s: seconds between the beats of a running trial, in a database.
-        grace_s: seconds without a beat after which it is dead.
 
     Raises:
         ConfigError: a database that cannot be reached, in a sentence without its password.
@@ -62,38 +57,17 @@ def open_storage(storage: str | None, folder: Path, *, heartbeat_s: int = HEARTB
     Example:
         >>> import tempfile
         >>> type(open_storage(None, Path(tempfile.mkdtemp()))).__name__
-        'LockedJournal'
+        'JournalStorage'
     """
-    require_optuna()
+    optuna = require_optuna()
     if storage is not None and "://" in storage:
-        with experimental():
-            return _database(storage, heartbeat_s, grace_s)
-    try:
-        from mrl.tuning.journal import LockedJournal
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "mrl tune: this system has no file locks of its kind; give --storage sqlite:///trials.db."
-        ) from error
-    return LockedJournal(folder / "journal.log" if storage is None else Path(storage), retry)
+        return _database(storage)
+    path = folder / "journal.log" if storage is None else Path(storage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
 
 
-def retry(study: Any, dead: Any) -> None:
-    """Queues a dead worker's trial again with the same values, up to 3 times; what it noted of itself is forgotten."""
-    history = [*dead.system_attrs.get("retry_history", []), dead.number]
-    if not dead.params or len(history) > RETRIES:
-        return
-    trial = require_optuna().trial
-    study.add_trial(
-        trial.create_trial(
-            state=trial.TrialState.WAITING,
-            params=dead.params,
-            distributions=dead.distributions,
-            system_attrs={"failed_trial": history[0], "retry_history": history},
-        )
-    )
-
-
-def _database(storage: str, heartbeat_s: int, grace_s: int) -> Any:
+def _database(storage: str) -> Any:
     optuna = require_optuna()
     try:
         from sqlalchemy.engine import make_url
@@ -111,13 +85,8 @@ def _database(storage: str, heartbeat_s: int, grace_s: int) -> Any:
         url = url.set(password=os.environ["PGPASSWORD"])
     shown = url.render_as_string(hide_password=True)
     try:
-        return optuna.storages.RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"pool_pre_ping": True},
-            heartbeat_interval=heartbeat_s,
-            grace_period=grace_s,
-            heartbeat_stale_trial_callback=retry,
-        )
+        shown_to_nobody = url.render_as_string(hide_password=False)
+        return optuna.storages.RDBStorage(shown_to_nobody, engine_kwargs={"pool_pre_ping": True})
     except (ImportError, NoSuchModuleError) as error:
         raise MissingExtra(
             f"--storage {shown}: its driver is not installed ({_first_line(error)}); run `pip install mrl[tune]`, which "
@@ -140,27 +109,6 @@ def close_storage(storage: Any) -> None:
     if engine is not None:
         storage.remove_session()
         engine.dispose()
-
-
-def reap(study: Any, grace_s: int = GRACE_S) -> None:
-    """Fails the running trials of dead workers, and queues each again, up to 3 times.
-
-    Besides those without a heartbeat: a worker that died between taking a trial and its first beat leaves a trial that
-    never said it started.
-
-    Args:
-        study: of Optuna.
-        grace_s: seconds that a trial may take to say that it started.
-    """
-    optuna = require_optuna()
-    with experimental():
-        optuna.storages.fail_stale_trials(study)
-        running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-        late = datetime.now() - timedelta(seconds=grace_s)
-        for trial in running:
-            if "started" not in trial.user_attrs and trial.datetime_start is not None and trial.datetime_start < late:
-                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def _first_line(error: BaseException) -> str:
