@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "mrl"
 LEVELS = [
     ["errors"],
     ["run"],
-    ["blocks", "checkpoint"],
+    ["blocks", "checkpoint", "ranks", "ddp", "tracking"],
     ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],
