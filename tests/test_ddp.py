@@ -16,10 +16,12 @@ from torch import nn
 
 from mrl.ddp import running_norms
 from mrl.ranks import shares
-from test_fit import SMALL, SHAPE, ImageSet, fit, make_model, make_samples
+from test_fit import SHAPE, SMALL, ImageSet, fit, make_model, make_samples
 
 HERE = Path(__file__).parent
-CONFIG = dataclasses.replace(SMALL, epochs=3, class_balance=True, use_confidence=True, label_smoothing=0.1, augment="light")
+CONFIG = dataclasses.replace(
+    SMALL, epochs=3, class_balance=True, use_confidence=True, label_smoothing=0.1, augment="light"
+)
 CASES = {
     "weighted": CONFIG,
     "mixed": dataclasses.replace(CONFIG, use_confidence=False, mixup=0.8, cutmix=1.0),
@@ -64,7 +66,18 @@ def launch(folder: Path, case: str, *more: str, n: int = 2) -> subprocess.Comple
     """The fit in n processes of torchrun (on the CPU), or in one without it."""
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
     words = [sys.executable, *(run if n > 1 else []), str(folder / "worker.py"), str(HERE), str(folder), case, *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=env)
@@ -96,7 +109,9 @@ def test_ddp__two_processes_are_one(tmp_path, case):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     print(case, same(tmp_path / "one", tmp_path / "two"))
     assert two.stderr.count("inner validation accuracy") == one.stderr.count("inner validation accuracy") > 3
-    assert sorted(p.name for p in (tmp_path / "two/out").iterdir()) == sorted(p.name for p in (tmp_path / "one/out").iterdir())
+    assert sorted(p.name for p in (tmp_path / "two/out").iterdir()) == sorted(
+        p.name for p in (tmp_path / "one/out").iterdir()
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +135,10 @@ def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_proces
 def test_ddp__running_batch_norm_on_processors_is_refused(tmp_path):
     done = launch(tmp_path / "run", "weighted", "test_mrl")
     assert done.returncode == 0, done.stderr
-    assert "BatchNorm layers take their statistics from each batch, and only GPUs can join those of 2 processes" in done.stdout
+    assert (
+        "BatchNorm layers take their statistics from each batch, and only GPUs can join those of 2 processes"
+        in done.stdout
+    )
     assert not (tmp_path / "run/out/fit.json").exists()
 
 

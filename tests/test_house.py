@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "mrl"
 LEVELS = [
     ["errors"],
     ["run"],
-    ["blocks", "checkpoint", "ranks", "ddp", "tracking"],
+    ["blocks", "checkpoint", "ranks", "ddp", "tracking", "executor"],
     ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],
@@ -37,7 +37,7 @@ LEVELS = [
     ["measure_page"],
     ["steps", "results"],
     ["folds"],
-    ["tuning"],
+    ["tuning", "launched"],
     ["tune"],
     ["poc"],
     ["deploy_commands", "tune_commands"],

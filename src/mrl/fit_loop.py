@@ -254,9 +254,10 @@ class Loop:
         """Scores a candidate; without `train_score`, that is of the training batches since the last one."""
         model = self.model if self.ema is None else self.ema.module
         side = self._collect(self.val, model, "logits")
-        score, loss = share(self.task.score(side["logits"], side))
+        main = self.accelerator.is_main_process
+        score, loss = share(self.task.score(side["logits"], side) if main else None)
         self._gather_seen()
-        if train_score is None and self.seen["logits"]:
+        if main and train_score is None and self.seen["logits"]:
             seen = {k: torch.cat(v) for k, v in self.seen.items()}
             train_score, _ = self.task.score(seen["logits"], seen)
         gain = not self.candidates or (score, -loss) > (self._best()["val_score"], -self._best()["val_loss"])

@@ -9,15 +9,18 @@ from pathlib import Path
 
 from mrl import folds, results, steps
 from mrl.errors import ConfigError
+from mrl.executor import Executor
 from mrl.fit import FitConfig
 from mrl.run import say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig
+from mrl.tracking import Tracking
 from mrl.workspace import ARMS, Workspace, spaces_of
 
 OWN_FILES = (
     "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
     "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html", "tune",
+    "mlflow.db", "mlflow", ".mlflow.lock",
 )  # fmt: skip
 
 
@@ -44,6 +47,10 @@ def poc(
     lang: str = "en",
     price_per_hour: float | None = None,
     currency: str = "",
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
+    tracker: str = "none",
     overwrite: bool = False,
     budget: FitConfig = FitConfig(),  # noqa: B008
     calibration: CalibrateConfig = CalibrateConfig(),  # noqa: B008
@@ -74,6 +81,10 @@ def poc(
         lang: of the report: en or ja.
         price_per_hour: of this machine, to show the cost of a million images.
         currency: of that price, such as EUR.
+        executor: where the fits run: local, or ray (a cluster, or this machine); the numbers are the same.
+        workers: fits at a time, which share the cores and GPUs; 1 with local is this process.
+        ray_address: of a Ray cluster that sees --out and the images; without it RAY_ADDRESS, or a Ray on this machine.
+        tracker: mlflow or tensorboard copies the rows of metrics.jsonl to files in --out; none does not.
         overwrite: throw away the run that is in --out and start anew.
         budget: of the fit, the same for both arms.
         calibration: of the swapped arm; standard and full calibrate anew in each fold, on at most 640 images of its
@@ -91,12 +102,14 @@ def poc(
         raise ConfigError(f"--arm {arm}: unknown; use {' or '.join(ARMS)}.")
     if lang not in ("en", "ja"):
         raise ConfigError(f"--lang {lang}: unknown; use en or ja.")
+    many, _ = Executor(executor, workers, ray_address), Tracking(tracker)
     start = time.monotonic()
     space = _open(Path(out), request, overwrite)
     if space is None:
         return
+    space.tracker = tracker
     todo: list[tuple[str, Callable[[], object]]] = [
-        *_fits(space),
+        *_fits(space, many),
         ("comparison.json", lambda: results.compare_step(space)),
         ("measure.json", lambda: results.measure_step(space)),
         ("export.json", lambda: results.export_step(space, arm=arm, overwrite=True)),
@@ -110,8 +123,10 @@ def poc(
     say(f"done in {time.monotonic() - start:.0f} s: {path}")
 
 
-def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
+def _fits(space: Workspace, many: Executor) -> list[tuple[str, Callable[[], object]]]:
     """Training and predictions: of one hold-out, or fold by fold."""
+    if not many.here:
+        return [("predictions.csv", lambda: _fit_by_many(space, many))]
     if not space.protocol.folds:
         return [
             *((f"arms/{name}/model", lambda name=name: steps.fit_step(space, name)) for name in ARMS),
@@ -125,6 +140,17 @@ def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
 
     made = [(f"folds/{fold.out.name}/predictions.csv", lambda fold=fold: through(fold)) for fold in spaces_of(space)]
     return [*made, ("predictions.csv", lambda: folds.join(space))]
+
+
+def _fit_by_many(space: Workspace, many: Executor) -> None:
+    """The same by several workers: all that is not fitted yet is dealt to them at once."""
+    spaces, arms = spaces_of(space), list(space.protocol.arms)
+    if space.protocol.folds:
+        folds.fit_all(space, [at for at in spaces if not folds.closed(at)], arms, many, score=True)
+        folds.join(space)
+    else:
+        folds.fit_all(space, spaces, [arm for arm in arms if not (space.arm(arm) / "model").is_dir()], many)
+        results.evaluate_step(space)
 
 
 def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:

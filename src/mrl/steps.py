@@ -25,8 +25,9 @@ from mrl.errors import ConfigError, DataError
 from mrl.fit import FitConfig, fit, refit
 from mrl.models import build_model
 from mrl.protocol import Protocol, was_changed, write_protocol
+from mrl.ranks import share
 from mrl.request import Request, make_protocol, pair_of, say_mde
-from mrl.run import read_json, refuse_existing, say, write_json
+from mrl.run import read_json, refuse_existing, say, world, write_json
 from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
 from mrl.workspace import ARMS, Workspace
@@ -247,22 +248,10 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    protocol, config = space.protocol, FitConfig(**space.protocol.budget)
-    model = _start(space, arm)
-    train = space.image_set("train", augment=config.augment, seed=space.seed)
-    val = space.image_set("val")
-    meta = {"protocol_sha256": protocol.sha256()}
-    told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
-    say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
-    if not space.refits:
-        fit(model, train, val, config, folder, **told, meta=meta)
-    else:
-        kept = folder / FEATURES
-        chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta)
-        model = _start(space, arm)
-        whole = space.image_set("train", "val", augment=config.augment, seed=space.seed)
-        say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
-        refit(model, whole, chosen, config, folder, meta=meta, features=kept)
+    begun = _start(space, arm), space.image_set("train"), space.image_set("val")  # these write calibration and split
+    if world() > 1:
+        share({"fold": space.out.name if space.refits else None, "arm": arm, "tracker": space.tracking().kind})
+    model = train_step(space, arm, begun[0])
     about = {
         **space.stamp(),
         "arm": arm,
@@ -276,6 +265,33 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
         for name in ("best.safetensors", "start.safetensors"):
             (folder / INNER / name).unlink(missing_ok=True)
     return read_json(folder / "fit.json")
+
+
+def train_step(space: Workspace, arm: str, model: torch.nn.Module | None = None) -> torch.nn.Module:
+    """The updates of `fit_step`, which all processes of a launch make together; returns the fitted model.
+
+    Args:
+        space: the run or the fold, with its split and the start of the arm on disk.
+        arm: to fit.
+        model: what the fit begins from, where it was built already.
+    """
+    protocol, config, folder = space.protocol, FitConfig(**space.protocol.budget), space.arm(arm)
+    model = _start(space, arm) if model is None else model
+    train = space.image_set("train", augment=config.augment, seed=space.seed)
+    val = space.image_set("val")
+    meta = {"protocol_sha256": protocol.sha256()}
+    told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
+    say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
+    if not space.refits:
+        fit(model, train, val, config, folder, **told, meta=meta, tracking=space.tracking(arm))
+        return model
+    kept, tracking = folder / FEATURES, space.tracking(arm, INNER)
+    chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta, tracking=tracking)
+    model = _start(space, arm)
+    whole = space.image_set("train", "val", augment=config.augment, seed=space.seed)
+    say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
+    refit(model, whole, chosen, config, folder, meta=meta, features=kept, tracking=space.tracking(arm))
+    return model
 
 
 def _start(space: Workspace, arm: str) -> torch.nn.Module:

@@ -30,6 +30,7 @@ from mrl.models import Classifier, build_model
 from mrl.models.build import preprocess_of
 from mrl.protocol import Protocol, load_protocol
 from mrl.swap import load
+from mrl.tracking import Tracking
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +51,7 @@ class Workspace:
     """
 
     repeat, fold = 0, 0
+    tracker = "none"  # what the rows of the fits are copied to; no number depends on it
 
     def __init__(self, out: Path | str) -> None:
         self.out = Path(out)
@@ -73,6 +75,10 @@ class Workspace:
     def arm(self, name: str) -> Path:
         """The folder of an arm."""
         return self.home / "arms" / name
+
+    def tracking(self, *name: str) -> Tracking:
+        """Where the rows of a fit of this name are copied to."""
+        return Tracking(self.tracker, self.out, "/".join(name))
 
     @property
     def seed(self) -> int:
@@ -224,6 +230,10 @@ class FoldSpace(Workspace):
     def seed(self) -> int:
         """Of the training in this fold."""
         return self.run.seed + 1 + self.repeat * self.run.protocol.folds["k"] + max(self.fold, 0)
+
+    def tracking(self, *name: str) -> Tracking:
+        """As the run's, in its one store."""
+        return self.run.tracking(self.out.name, *name)
 
     @property
     def refits(self) -> bool:
