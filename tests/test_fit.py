@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mrl import fit_loop
+from mrl import fit_loop, tracking
 from mrl.data import ImageSet, Preprocess, Sample
 from mrl.errors import ConfigError
 from mrl.fit import FitConfig, FitResult, fit
@@ -184,7 +184,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(int(sys.argv[4]))
 import test_fit as t
-from mrl import fit_loop
+from mrl import fit_loop, tracking
 step = fit_loop.Loop._step
 def stop(self, batch):
     step(self, batch)
@@ -214,7 +214,7 @@ def test_fit__killed_process(sides, undisturbed, tmp_path):
 def test_fit__half_written_line_and_lines_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"update": 0}\n{"update": 1}\n{"update": 2}\n{"upd')
-    fit_loop.truncate(path, 1)
+    tracking.truncate(path, 1)
     assert path.read_text() == '{"update": 0}\n{"update": 1}\n'
 
 
@@ -482,7 +482,7 @@ def test_fit__the_image_sets_stay(sides, undisturbed):
 
 
 def test_fit__loss_that_is_not_finite(sides, tmp_path, monkeypatch):
-    monkeypatch.setattr(Classification, "loss", lambda self, logits, batch: logits.sum() * float("nan"))
+    monkeypatch.setattr(Classification, "loss", lambda self, logits, batch, *_: logits.sum() * float("nan"))
     monkeypatch.setattr(Classification, "score", lambda self, logits, batch: (0.5, 1.0))
     with pytest.raises(ConfigError, match=r"loss is not finite at update 1; use a lower --lr than 0.001"):
         run(sides, tmp_path)

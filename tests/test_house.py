@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "mrl"
 LEVELS = [
     ["errors"],
     ["run"],
-    ["blocks", "checkpoint"],
+    ["blocks", "checkpoint", "ranks", "ddp", "tracking", "executor"],
     ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],
@@ -41,7 +41,7 @@ LEVELS = [
     ["steps", "results"],
     ["folds"],
     ["curve"],
-    ["tuning"],
+    ["tuning", "launched"],
     ["tune"],
     ["poc"],
     ["deploy_commands", "tune_commands"],

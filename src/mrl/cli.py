@@ -14,6 +14,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from mrl import commands
 from mrl.deploy.formats import PRECISIONS
 from mrl.errors import MrlError
+from mrl.launched import run_launched
+from mrl.run import leads
 from mrl.side_by_side import BACKENDS
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -90,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = parsed["subcommand"]
     sys.path.insert(0, os.getcwd())  # so that --model package.module:factory finds the user's own code
     try:
-        COMMANDS[name](**_arguments(COMMANDS[name], parsed[name]))
+        run_launched(name, COMMANDS[name], _arguments(COMMANDS[name], parsed[name]))
     except MrlError as error:
-        print(f"mrl {name}: {error}", file=sys.stderr)
+        if leads():
+            print(f"mrl {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"mrl {name}: interrupted; the same command goes on from here.", file=sys.stderr)

@@ -13,6 +13,7 @@ from mrl.checkpoint import drop_checkpoint
 from mrl.data.audit import audit as run_audit
 from mrl.deploy_commands import export, measure, predict, serve
 from mrl.errors import ConfigError
+from mrl.executor import Executor
 from mrl.fit import FitConfig
 from mrl.models import build_model, model_names
 from mrl.poc import poc
@@ -20,6 +21,7 @@ from mrl.run import refuse_existing, say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig, SwapConfig, save, swap_
 from mrl.swap import plan as plan_swap
+from mrl.tracking import Tracking
 from mrl.tune_commands import tune
 from mrl.workspace import Workspace, spaces_of
 
@@ -220,6 +222,10 @@ def fit(
     region: int | None = None,
     swap: str | None = None,
     seed: int | None = None,
+    executor: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
+    tracker: Literal["none", "mlflow", "tensorboard"] = "none",
     overwrite: bool = False,
     budget: FitConfig = FitConfig(),  # noqa: B008
 ) -> None:
@@ -238,15 +244,20 @@ def fit(
         region: positions a region spans along each side.
         swap: faithful, cheap, paper or auto.
         seed: of the split and the training.
+        executor: where the fits run: local, or ray (a cluster, or this machine); the numbers are the same.
+        workers: folds at a time (arms, where there are no folds), which share the cores and GPUs; 1 with local is this process.
+        ray_address: of a Ray cluster that sees --out and the images; without it RAY_ADDRESS, or a Ray on this machine.
+        tracker: mlflow or tensorboard copies the rows of metrics.jsonl to files in --out; none does not.
         overwrite: fit again.
         budget: of the fit, the same for both arms; stands in the protocol.
     """
-    given = {k: v for k, v in locals().items() if k not in ("out", "arm", "fold", "overwrite")}
+    own = ("out", "arm", "fold", "executor", "workers", "ray_address", "tracker", "overwrite")
+    given = {k: v for k, v in locals().items() if k not in own and k != "own"}
+    many, _ = Executor(executor, workers, ray_address), Tracking(tracker)
     space = steps.open_run(Workspace(out), given, swaps=arm != "baseline")
-    fit_one = folds.fit_fold if space.protocol.folds else steps.fit_step
-    for at in folds.chosen(space, fold):
-        for name in space.protocol.arms if arm is None else (arm,):
-            fit_one(at, name, overwrite=overwrite)
+    space.tracker = tracker
+    arms = space.protocol.arms if arm is None else (arm,)
+    folds.fit_all(space, folds.chosen(space, fold), arms, many, overwrite=overwrite)
 
 
 def evaluate(out: str, overwrite: bool = False) -> None:
@@ -279,7 +290,15 @@ def compare(out: str, overwrite: bool = False) -> None:
     results.compare_step(Workspace(out), overwrite=overwrite)
 
 
-def curve(out: str, shares: list[float] = [0.1, 0.2, 0.4, 0.7, 1.0], overwrite: bool = False) -> None:  # noqa: B006
+def curve(
+    out: str,
+    shares: list[float] = [0.1, 0.2, 0.4, 0.7, 1.0],  # noqa: B006
+    executor: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
+    tracker: Literal["none", "mlflow", "tensorboard"] = "none",
+    overwrite: bool = False,
+) -> None:
     """Draws learning curves of a run of folds: the same procedure on nested parts of the training side, in curve.json.
 
     Every part gets as many updates as the whole and is tested on the same images, in the folds of the first repeat. A
@@ -288,11 +307,18 @@ def curve(out: str, shares: list[float] = [0.1, 0.2, 0.4, 0.7, 1.0], overwrite: 
     Args:
         out: the run folder, of --preset standard or full, fitted and evaluated.
         shares: of the training side, rising; 1 is the run's own fits.
+        executor: where the fits run: local, or ray (a cluster, or this machine); the numbers are the same.
+        workers: fits at a time, which share the cores and GPUs; 1 with local is this process.
+        ray_address: of a Ray cluster that sees --out and the images; without it RAY_ADDRESS, or a Ray on this machine.
+        tracker: mlflow or tensorboard copies the rows of metrics.jsonl to files in --out; none does not.
         overwrite: replace a curve that is there; fits that are done stay.
     """
     from mrl.curve import curve_step
 
-    found = curve_step(Workspace(out), shares=shares, overwrite=overwrite)
+    many, _ = Executor(executor, workers, ray_address), Tracking(tracker)
+    run = Workspace(out)
+    run.tracker = tracker
+    found = curve_step(run, shares=shares, executor=many, overwrite=overwrite)
     for size in found["sizes"]:
         scores = ", ".join(f"{arm} {100 * score['estimate']:.1f} %" for arm, score in size["arms"].items())
         say(f"{size['n_train']:.0f} training images: {found['metric']} {scores}")

@@ -16,6 +16,7 @@ from mrl.data import SplitRow
 from mrl.data.subsets import SHARES, nested_subsets
 from mrl.errors import ConfigError
 from mrl.evaluate import read_predictions
+from mrl.executor import Executor, Task
 from mrl.fit_config import FitConfig, planned_updates
 from mrl.run import plain, read_json, refuse_existing, say, write_json
 from mrl.scores import score_all
@@ -25,6 +26,7 @@ from mrl.workspace import FoldSpace, Workspace, spaces_of
 
 CURVE_FILE = "curve.json"
 FOLDER = "curve"
+HERE = Executor()
 SCOPE = (
     "Every point is the whole procedure (calibration, choice on an inner validation side, fit) on a part of each training side "
     "of the first repeat, with as many updates as the whole side gets, tested on the same images as the whole. Parts are "
@@ -49,6 +51,11 @@ class SubsetSpace(FoldSpace):
         super().__init__(fold.run, fold.repeat, fold.fold)
         self.whole, self.share = fold, share
         self.out = fold.out / FOLDER / f"{round(100 * share):03d}"
+
+    @property
+    def name(self) -> str:
+        """Such as r0f3/curve/040."""
+        return f"{self.whole.name}/{FOLDER}/{self.out.name}"
 
     @cached_property
     def rows(self) -> list[SplitRow]:
@@ -84,12 +91,33 @@ def fit_point(space: FoldSpace) -> None:
     folds.score_fold(space)
 
 
-def curve_step(run: Workspace, *, shares: Sequence[float] = SHARES, overwrite: bool = False) -> dict[str, Any]:
+def space_named(run: Workspace, name: str | None) -> Workspace:
+    """The run, one of its folds, or a part of one, by its `name`.
+
+    Raises:
+        ConfigError: none of this name.
+    """
+    fold, _, part = (name or "").partition(f"/{FOLDER}/")
+    found = folds.chosen(run, fold or None)[0]
+    return SubsetSpace(found, int(part) / 100) if part else found
+
+
+def point_task(out: str, name: str, tracker: str) -> None:
+    """`fit_point` in a worker of its own; goes on where a killed worker stopped."""
+    run = Workspace(out)
+    run.tracker = tracker
+    fit_point(space_named(run, name))
+
+
+def curve_step(
+    run: Workspace, *, shares: Sequence[float] = SHARES, executor: Executor = HERE, overwrite: bool = False
+) -> dict[str, Any]:
     """Fits what a learning curve lacks and writes `curve.json`.
 
     Args:
         run: a run of folds whose first repeat is fitted and tested.
         shares: of the training side; 1 is the run's own fits.
+        executor: where the fits run; a part of a fold, with all its arms, is one task.
         overwrite: replace a curve that is there; fits that are done are not made again.
 
     Returns:
@@ -107,10 +135,18 @@ def curve_step(run: Workspace, *, shares: Sequence[float] = SHARES, overwrite: b
         raise ConfigError(
             f"{run.out}: {len(shut)} folds are not tested yet ({', '.join(shut[:3])}); run `mrl fit` and `mrl evaluate` first."
         )
-    for i, space in enumerate(points, 1):
-        if not folds.closed(space):
-            say(f"learning curve {i}/{len(points)}: {space.out.name} % of fold {space.whole.out.name}")
-        fit_point(space)
+    open_ = [space for space in points if not folds.closed(space)]
+    if executor.here:
+        for i, space in enumerate(open_, len(points) - len(open_) + 1):
+            say(f"learning curve {i}/{len(points)}: {space.out.name} % of fold {space.whole.name}")
+            fit_point(space)
+    else:
+        told = {"out": str(run.out.resolve()), "tracker": run.tracker}
+        executor.run(
+            [Task(f"curve {space.name}", "mrl.curve:point_task", {**told, "name": space.name}) for space in open_]
+        )
+    for space in points:
+        folds.score_fold(space)  # a killed run may have left weights behind
     rows = [point_of(space) for space in points]
     if 1.0 in shares:
         rows += [point_of(space) for space in whole]

@@ -12,10 +12,12 @@ from torch import nn
 
 from mrl.checkpoint import drop_checkpoint, drop_leftovers
 from mrl.data.loading import ImageSet
-from mrl.fit_config import FitConfig, FitResult
+from mrl.fit_config import FitConfig, FitResult, check_same
 from mrl.fit_fixed import FixedLoop, stop_of
-from mrl.fit_loop import BEST, CHECKPOINT, METRICS, RESULT, START, Loop, check_same
-from mrl.run import plain, read_json
+from mrl.fit_loop import BEST, CHECKPOINT, RESULT, START, Loop
+from mrl.ranks import share
+from mrl.run import leads, plain, read_json
+from mrl.tracking import METRICS, Tracking
 
 __all__ = ["FitConfig", "FitResult", "fit", "refit"]
 
@@ -33,6 +35,7 @@ def fit(
     resume: bool = True,
     meta: Mapping[str, Any] | None = None,
     features: Path | str | None = None,
+    tracking: Tracking = Tracking(),  # noqa: B008
 ) -> FitResult:
     """Fine-tunes a classifier from its linear probe on; the model holds the best weights afterwards, in eval mode.
 
@@ -40,6 +43,9 @@ def fit(
     AdamW with layer-wise learning rates on a cosine. Every candidate is scored on `val`; the best score wins, then the
     lower loss. All randomness is a function of the seed, the epoch and the update, so a fit that was killed and is
     started again with the same arguments ends with the numbers of one that was not.
+
+    Under `torchrun` or `accelerate launch` every process calls it with the same arguments; they share each batch and come to the
+    numbers of one process, but for dropout and rounding. The first one writes, into a folder that all of them see.
 
     Args:
         model: a `Classifier`: `features`, `set_head`, `layer_groups`; trained in place.
@@ -54,6 +60,7 @@ def fit(
         resume: continue an unfinished fit, return a finished one; off starts again.
         meta: plain data to put into `fit.json`, such as the protocol's hash.
         features: file that keeps the features of the starting head, for `refit`; None keeps none.
+        tracking: where the rows of `metrics.jsonl` are copied to.
 
     Raises:
         ConfigError: a damaged checkpoint, one of another fit, or a loss that is not finite; with what to do.
@@ -62,16 +69,12 @@ def fit(
         >>> FitConfig(epochs=2, freeze=4).layer_decay
         0.75
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    drop_leftovers(out)
-    if not resume:
-        _clear(out)
+    out = _ready(out, resume)
     identity = plain({"arm": arm, "seed": seed, "metric": metric, "config": vars(config), "n": [len(train), len(val)]})
-    if (out / RESULT).is_file():
+    if share((out / RESULT).is_file()):
         return _finished(model, out, identity)
     with torch.random.fork_rng():
-        loop = Loop(model, train, val, config, out, identity, None if features is None else Path(features))
+        loop = Loop(model, train, val, config, out, identity, None if features is None else Path(features), tracking)
         return _through(loop, meta)
 
 
@@ -84,6 +87,7 @@ def refit(
     *,
     meta: Mapping[str, Any] | None = None,
     features: Path | str | None = None,
+    tracking: Tracking = Tracking(),  # noqa: B008
 ) -> FitResult:
     """Fits once more on the whole training side, up to the candidate that `fit` chose on an inner part of it.
 
@@ -99,6 +103,7 @@ def refit(
         out: folder of the fit: `fit.json`, `metrics.jsonl`, `best.safetensors`, `start.safetensors`.
         meta: plain data to put into `fit.json`.
         features: the file that the inner fit kept its features in; those that it lacks are computed.
+        tracking: where the rows of `metrics.jsonl` are copied to.
 
     Returns:
         The record: effort counts both fits; scores and candidates are the inner fit's.
@@ -110,9 +115,7 @@ def refit(
         >>> stop_of(60, 1785, FitConfig(), 2100)  # of 120 planned updates there, of 132 here
         66
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    drop_leftovers(out)
+    out = _ready(out, resume=True)
     identity = plain(
         {
             "arm": chosen.arm,
@@ -124,11 +127,25 @@ def refit(
             "strength": chosen.probe_strength,
         }
     )
-    if (out / RESULT).is_file():
+    if share((out / RESULT).is_file()):
         return _finished(model, out, {k: v for k, v in identity.items() if k not in ("stop", "strength")})
     with torch.random.fork_rng():
-        loop = FixedLoop(model, train, chosen, config, out, identity, None if features is None else Path(features))
+        loop = FixedLoop(
+            model, train, chosen, config, out, identity, None if features is None else Path(features), tracking
+        )
         return _through(loop, meta)
+
+
+def _ready(out: Path | str, resume: bool) -> Path:
+    """The folder of a fit, made and tidied by the first process of a launch before the others look."""
+    out = Path(out)
+    if leads():
+        out.mkdir(parents=True, exist_ok=True)
+        drop_leftovers(out)
+        if not resume:
+            _clear(out)
+    share()
+    return out
 
 
 def _through(loop: Loop, meta: Mapping[str, Any] | None) -> FitResult:
@@ -146,7 +163,8 @@ def _finished(model: nn.Module, out: Path, identity: Mapping[str, Any]) -> FitRe
     data = read_json(out / RESULT)
     stored = {**{k: data[k] for k in ("arm", "seed", "metric", "config")}, "n": [data["n_train"], data["n_val"]]}
     check_same(stored, identity, out / RESULT)
-    drop_checkpoint(out / CHECKPOINT)
+    if leads():
+        drop_checkpoint(out / CHECKPOINT)
     model.load_state_dict(load_file(out / BEST))
     model.eval()
     return FitResult.from_dict({k: v for k, v in data.items() if k != "environment"})

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mrl.errors import ConfigError
@@ -186,3 +187,13 @@ def planned_updates(config: FitConfig, n_train: int) -> int:
         20
     """
     return max(config.min_updates, math.ceil(config.epochs * math.ceil(n_train / config.batch_size)))
+
+
+def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where a file on disk belongs to another fit than the one asked for."""
+    if stored != asked:
+        names = [k for k in asked if stored.get(k) != asked[k]]
+        raise ConfigError(
+            f"{path} belongs to a fit with another {' and '.join(names)}; choose another --out, or say --overwrite to "
+            "start again."
+        )

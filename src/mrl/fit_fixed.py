@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from mrl import fit_loop
-from mrl.checkpoint import load_checkpoint
+from mrl.checkpoint import snapshot
 from mrl.data.loading import ImageSet
 from mrl.fit_config import FitConfig, FitResult, planned_updates
-from mrl.fit_loop import CHECKPOINT, METRICS, START, Loop, snapshot, truncate
-from mrl.run import progress, say, writing
+from mrl.fit_loop import Loop
+from mrl.ranks import share
+from mrl.run import progress, say
+from mrl.tracking import Tracking
 
 
 def stop_of(best_update: int, n_inner: int, config: FitConfig, n_train: int, inner: FitConfig | None = None) -> int:
@@ -50,6 +51,7 @@ class FixedLoop(Loop):
         out: folder of the fit.
         identity: what a checkpoint must agree with.
         features: file with the features of the starting head.
+        tracking: where the rows of `metrics.jsonl` are copied to.
     """
 
     def __init__(
@@ -61,27 +63,23 @@ class FixedLoop(Loop):
         out: Path,
         identity: dict[str, Any],
         features: Path | None,
+        tracking: Tracking = Tracking(),  # noqa: B008
     ) -> None:
-        super().__init__(model, train, None, config, out, identity, features)
+        super().__init__(model, train, None, config, out, identity, features, tracking)
         self.chosen = chosen
         self.stop = stop_of(chosen.best_update, chosen.n_train, config, len(train), FitConfig(**chosen.config))
 
     def begin(self) -> None:
         """Continues from the checkpoint, or sets the starting head at the strength that was chosen."""
-        found = load_checkpoint(self.out / CHECKPOINT)
-        if found is not None:
-            self._restore(*found)
+        if self._restored():
             say(f"{self.arm}: goes on after update {self.update} of {self.stop}")
             return
-        truncate(self.out / METRICS, -1)
         if self.config.start == "probe":
             side = self._features(self.plain_train)
-            probe = self.task.start(self.model, side, side, strengths=(self.chosen.probe_strength,))
-            self.probe_strength = probe.strength
-        if self.ema is not None:
-            self.ema.set(self.model)
-        with writing(self.out / START) as part:
-            save_file(snapshot(self.model), part)
+            if self.accelerator.is_main_process:
+                self.task.start(self.model, side, side, strengths=(self.chosen.probe_strength,))
+            self.probe_strength = self.chosen.probe_strength
+        self._started()
 
     def run(self) -> None:
         """The updates up to the fixed one, with a checkpoint every half minute."""
@@ -92,7 +90,7 @@ class FixedLoop(Loop):
                 for batch in self._batches():
                     self._step(batch)
                     self.seen = {k: [] for k in self.seen}
-                    if time.monotonic() - saved > fit_loop.CHECKPOINT_SECONDS:
+                    if share(time.monotonic() - saved > fit_loop.CHECKPOINT_SECONDS):
                         self._save()
                         saved = time.monotonic()
                     advance(1)
@@ -102,10 +100,6 @@ class FixedLoop(Loop):
 
     def _result(self, meta: dict[str, Any]) -> FitResult:
         inner = self.chosen
-        sizes = [
-            len(self.train) // self.per_epoch + (i < len(self.train) % self.per_epoch) for i in range(self.per_epoch)
-        ]
-        full, rest = divmod(self.update, self.per_epoch)
         chose = {k: getattr(inner, k) for k in ("best_update", "updates", "n_train", "n_val", "seconds")}
         return dataclasses.replace(
             inner,
@@ -113,7 +107,7 @@ class FixedLoop(Loop):
             epochs=self.update / self.per_epoch,
             best_update=self.update,
             seconds=inner.seconds + self._clock(),
-            images_seen=inner.images_seen + full * len(self.train) + sum(sizes[:rest]),
+            images_seen=inner.images_seen + self._images_seen(),
             n_train=len(self.train),
             n_val=0,
             probe_strength=self.probe_strength,

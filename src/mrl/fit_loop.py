@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,37 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mrl.checkpoint import drop_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from mrl.checkpoint import (
+    drop_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+    snapshot,
+)
 from mrl.data.loading import ImageSet, collate, make_loader
 from mrl.data.transforms import Augment, make_augment
+from mrl.ddp import check_batch, spread
 from mrl.errors import ConfigError
 from mrl.features import add_features, read_features
-from mrl.fit_config import FitConfig, FitResult, planned_updates
+from mrl.fit_config import FitConfig, FitResult, check_same, planned_updates
 from mrl.mixing import mix_batch
-from mrl.optimizer import cosine, freeze_, parameter_groups, pick_precision, train_mode_
-from mrl.run import environment, plain, progress, say, write_json, writing
+from mrl.optimizer import cosine, freeze_, make_accelerator, parameter_groups, train_mode_
+from mrl.ranks import equal_, gather, share, shares, total
+from mrl.run import environment, progress, say, write_json, writing
 from mrl.tasks.classification import Classification, class_weights
+from mrl.tracking import Track, Tracking
 
-RESULT, METRICS, CHECKPOINT = "fit.json", "metrics.jsonl", "checkpoint"
+RESULT, CHECKPOINT = "fit.json", "checkpoint"
 BEST, START = "best.safetensors", "start.safetensors"
 CHECKPOINT_SECONDS = 30.0
 
 
 class Loop:
     """The state of one fit between its updates.
+
+    Each process of a launch has one; together they make every update, on shares of its batch, and come to the same numbers
+    as one process. The first of them scores, chooses and writes.
 
     Args:
         model: a `Classifier`, trained in place.
@@ -43,6 +55,7 @@ class Loop:
         out: folder of the arm.
         identity: arm, seed, metric, configuration and numbers of images: what a checkpoint must agree with.
         features: file that keeps the features of the starting head for another fit of the same network, or None.
+        tracking: where the rows of `metrics.jsonl` are copied to.
     """
 
     def __init__(
@@ -54,10 +67,13 @@ class Loop:
         out: Path,
         identity: dict[str, Any],
         features: Path | None = None,
+        tracking: Tracking = Tracking(),  # noqa: B008
     ) -> None:
         self.model, self.config, self.out, self.identity, self.features = model, config, out, identity, features
         self.arm, self.seed = identity["arm"], identity["seed"]
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = make_accelerator(config.precision, **tracking.accelerator(out))
+        self.track = Track(out, tracking, self.accelerator)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.came_from = next(model.parameters()).device, [p.requires_grad for p in model.parameters()]
         model.to(self.device)
@@ -74,12 +90,13 @@ class Loop:
         )
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, lr=config.lr))
-        self.network = self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
         self.per_epoch = math.ceil(len(train) / config.batch_size)
         self.updates = planned_updates(config, len(train))
         rates = {"min_lr": config.min_lr * config.lr, "warmup_lr": config.warmup_lr * config.lr}
         self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, cooldown=config.cooldown, **rates)
         self.mixes = bool(config.mixup or config.cutmix)
+        check_batch(self.arm, len(train) // self.per_epoch, self.world, pairs=self.mixes)
+        self.network, self.undo = spread(model, self.device, self.arm)
         self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
         self.update, self.seconds, self.since = 0, 0.0, time.monotonic()
         self.candidates: list[dict[str, Any]] = []
@@ -90,38 +107,47 @@ class Loop:
 
     def begin(self) -> None:
         """Continues from the checkpoint, or makes candidate 0: the linear probe, or the network as it was built."""
-        found = load_checkpoint(self.out / CHECKPOINT)
-        if found is not None:
-            self._restore(*found)
+        if self._restored():
             say(f"{self.arm}: goes on after update {self.update} of {self.updates}")
             return
-        truncate(self.out / METRICS, -1)
-        train_score = self._probe() if self.config.start == "probe" else None
+        self._started(self._probe() if self.config.start == "probe" else None)
+
+    def _started(self, train_score: float | None = None) -> None:
+        """The network with its starting head, on every process, on disk, and as candidate 0."""
+        equal_(list(self.model.state_dict().values()))
         if self.ema is not None:
             self.ema.set(self.model)
-        with writing(self.out / START) as part:
-            save_file(snapshot(self.model), part)
-        self._validate(train_score)
+        if self.accelerator.is_main_process:
+            self.track.begin(-1, vars(self.config))
+            with writing(self.out / START) as part:
+                save_file(snapshot(self.model), part)
+        if self.val is not None:
+            self._validate(train_score)
 
     def _probe(self) -> float:
         """Sets the head to the linear probe of the untouched network; returns its score on the training side."""
         say(f"{self.arm}: features of {len(self.plain_train)} images for the starting head")
         sides = [self._features(side) for side in (self.plain_train, self.val)]
-        probe = self.task.start(self.model, *sides)
-        self.probe_strength = probe.strength
-        train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
-        return self.task.score(train_logits, sides[0])[0]
+        score = 0.0
+        if self.accelerator.is_main_process:
+            probe = self.task.start(self.model, *sides)
+            self.probe_strength = probe.strength
+            train_logits = nn.functional.linear(sides[0]["features"], probe.weight, probe.bias)
+            score = self.task.score(train_logits, sides[0])[0]
+        self.probe_strength, score = share([self.probe_strength, score])
+        return score
 
     def _features(self, side: ImageSet) -> dict[str, Tensor]:
         """The untouched network's features of a side, from the file that keeps them where it has them all."""
         names = [sample.image for sample in side.samples]
         precision = str(self.accelerator.mixed_precision)
         kept = None if self.features is None else read_features(self.features, names, precision)
-        if kept is not None:
+        if share(kept is not None):  # of another process the features are not asked for
+            kept = torch.empty(0) if kept is None else kept
             weights = torch.tensor([sample.weight for sample in side.samples], dtype=torch.float32)
             return {"features": kept, "label": torch.tensor(side.labels, dtype=torch.int64), "weight": weights}
         found = self._collect(side, self.model.features, "features")
-        if self.features is not None:
+        if self.features is not None and self.accelerator.is_main_process:
             add_features(self.features, names, found["features"], precision)
         return found
 
@@ -137,7 +163,7 @@ class Loop:
                 due = self.update % self.every == 0 or self.update == self.updates
                 if due:
                     self._validate()
-                if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if due or share(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     self._save()
                     saved = time.monotonic()
                 advance(1, f"best {self.identity['metric']} {self._best()['val_score']:.3f}")
@@ -153,12 +179,16 @@ class Loop:
                 save_file(self.best, part)
             write_json(self.out / RESULT, {**result.to_dict(), "environment": environment()})
             drop_checkpoint(self.out / CHECKPOINT)
+        share()  # no process goes on before the files are there
         for sentence in result.warnings:
             say(f"{self.arm}: {sentence}")
         return result
 
     def close(self) -> None:
         """Gives the model back as it came: device, `requires_grad`, eval mode."""
+        self.track.close()
+        self.undo()
+        self.network = self.model
         device, flags = self.came_from
         for parameter, flag in zip(self.model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -174,17 +204,17 @@ class Loop:
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the updates that are left; this process's share of each."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         while self.update < self.updates:
             epoch, done = divmod(self.update, self.per_epoch)
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
-            batches = [chunk[rank::world].tolist() for chunk in order.tensor_split(self.per_epoch)[done:]]
+            whole = order.tensor_split(self.per_epoch)[done:]
+            batches = [c[shares(len(c), self.world, pairs=self.mixes)[self.rank]].tolist() for c in whole]
             self.train.set_epoch(epoch)
             yield from DataLoader(self.train, batch_sampler=batches[: self.updates - self.update], collate_fn=collate)
 
     def _step(self, batch: dict[str, Tensor]) -> None:
         """One update."""
-        torch.manual_seed(_mix(self.seed, self.update, self.accelerator.process_index, 1))
+        torch.manual_seed(_mix(self.seed, self.update, self.rank, 1))
         self.update += 1
         self.schedule.step_update(self.update)
         if self.mixes:
@@ -193,13 +223,14 @@ class Loop:
         train_mode_(self.network)
         with self.accelerator.autocast():
             logits = self.network(batch["image"])
-        loss = self.task.loss(logits, batch)
+        share_of_loss = self.task.loss(logits, batch, total(self.task.weights(batch).sum()))
+        loss = total(share_of_loss)
         if not torch.isfinite(loss):
             raise ConfigError(
                 f"{self.arm}: the loss is not finite at update {self.update}; use a lower --lr than {self.config.lr}, "
                 "or --precision fp32."
             )
-        self.accelerator.backward(loss)
+        self.accelerator.backward(share_of_loss * self.world)  # the processes' gradients are averaged
         if self.config.clip:
             self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
         self.optimizer.step()
@@ -210,11 +241,11 @@ class Loop:
             if not self.mixes:  # a mixed image has no one label to score it by
                 self.seen[key].append(value.detach().to("cpu", torch.long if key == "label" else torch.float32))
         lr = self.optimizer.param_groups[-1]["lr"]
-        self._log("train", loss=float(loss.detach()), lr=lr)
+        self._log("train", loss=float(loss), lr=lr, images_seen=self._images_seen())
 
     def _mixed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with its images mixed, and the shares of their labels as "target"."""
-        seed = _mix(self.seed, self.update, self.accelerator.process_index, 2)
+        seed = _mix(self.seed, self.update, 0, 2)
         alphas = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
         images, targets = mix_batch(batch["image"], batch["label"], self.task.num_classes, seed=seed, **alphas)
         return {**batch, "image": images, "target": targets}
@@ -223,8 +254,10 @@ class Loop:
         """Scores a candidate; without `train_score`, that is of the training batches since the last one."""
         model = self.model if self.ema is None else self.ema.module
         side = self._collect(self.val, model, "logits")
-        score, loss = self.task.score(side["logits"], side)
-        if train_score is None and self.seen["logits"]:
+        main = self.accelerator.is_main_process
+        score, loss = share(self.task.score(side["logits"], side) if main else None)
+        self._gather_seen()
+        if main and train_score is None and self.seen["logits"]:
             seen = {k: torch.cat(v) for k, v in self.seen.items()}
             train_score, _ = self.task.score(seen["logits"], seen)
         gain = not self.candidates or (score, -loss) > (self._best()["val_score"], -self._best()["val_loss"])
@@ -240,36 +273,49 @@ class Loop:
         say(f"{where}, inner validation {self.task.metric} {score:.4f}, loss {loss:.4f}{note}")
 
     def _collect(self, side: ImageSet, forward: Callable[[Tensor], Tensor], name: str) -> dict[str, Tensor]:
-        """What `forward` gives for each image of a side, on the CPU, with label and weight; in the fit's precision."""
+        """What `forward` gives for each image of a side, on the CPU, with label and weight; in the fit's precision.
+
+        The processes share the side; every one gets all of it, in the side's order.
+        """
         self.model.eval()
-        parts: dict[str, list[Tensor]] = {name: [], "label": [], "weight": []}
-        for batch in make_loader(side, 64):
+        parts: dict[str, list[Tensor]] = {name: [], "index": [], "label": [], "weight": []}
+        mine = side
+        if self.world > 1:
+            mine = ImageSet(side.samples[self.rank :: self.world], side.classes, side.preprocess, cache=side.cache)
+        for batch in make_loader(mine, 64):
             with torch.no_grad(), self.accelerator.autocast():
                 parts[name].append(forward(batch["image"].to(self.device)).float().cpu())
+            parts["index"].append(batch["index"] * self.world + self.rank)
             parts["label"].append(batch["label"])
             parts["weight"].append(batch["weight"])
-        return {k: torch.cat(v) for k, v in parts.items()}
+        whole = {k: gather(torch.cat(v)) for k, v in parts.items()}
+        order = whole.pop("index").argsort()
+        return {k: v[order] for k, v in whole.items()}
+
+    def _gather_seen(self) -> None:
+        """Brings the training answers since the last validation to the first process."""
+        if self.world > 1 and self.seen["logits"]:
+            seen = {k: gather(torch.cat(v)) for k, v in self.seen.items()}
+            self.seen = {k: [v if self.rank == 0 else v[:0]] for k, v in seen.items()}
 
     def _best(self) -> dict[str, Any]:
         return max(self.candidates, key=lambda c: (c["val_score"], -c["val_loss"], -c["update"]))
 
     def _log(self, event: str, **fields: Any) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        line = {
-            "event": event,
-            "update": self.update,
-            "epoch": self.update / self.per_epoch,
-            **fields,
-            "seconds": self._clock(),
-        }
-        with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line)) + "\n")
+        if self.accelerator.is_main_process:
+            line = {"event": event, "update": self.update, "epoch": self.update / self.per_epoch}
+            self.track.log({**line, **fields, "seconds": self._clock()})
+
+    def _images_seen(self) -> int:
+        full, rest = divmod(self.update, self.per_epoch)
+        fewest, more = divmod(len(self.train), self.per_epoch)
+        return full * len(self.train) + rest * fewest + min(rest, more)
 
     def _clock(self) -> float:
         return round(self.seconds + time.monotonic() - self.since, 3)
 
     def _save(self) -> None:
+        self._gather_seen()
         if not self.accelerator.is_main_process:
             return
         tensors = {
@@ -291,6 +337,18 @@ class Loop:
         }
         save_checkpoint(self.out / CHECKPOINT, tensors, state)
 
+    def _restored(self) -> bool:
+        """Continues from the checkpoint, if there is one; every process reads it."""
+        found = load_checkpoint(self.out / CHECKPOINT)
+        update = share(None if found is None else found[1]["update"])
+        if update != (None if found is None else found[1]["update"]):
+            raise ConfigError(
+                f"{self.out / CHECKPOINT}: not the same on every process; they need one run folder that all of them see."
+            )
+        if found is not None:
+            self._restore(*found)
+        return found is not None
+
     def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         check_same(state["identity"], self.identity, self.out / CHECKPOINT)
         if self.accelerator.scaler is not None:
@@ -300,10 +358,12 @@ class Loop:
             self.ema.module.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, tensors.get("optimizer", {}))
         self.best = tensors.get("best", {})
-        self.seen = {k: [tensors["seen"][k]] if "seen" in tensors else [] for k in self.seen}
+        kept = "seen" in tensors
+        self.seen = {k: [tensors["seen"][k][: None if self.rank == 0 else 0]] if kept else [] for k in self.seen}
         self.update, self.candidates, self.waited = state["update"], state["candidates"], state["waited"]
         self.seconds, self.probe_strength = state["seconds"], state.get("probe_strength")
-        truncate(self.out / METRICS, self.update)
+        if self.accelerator.is_main_process:
+            self.track.begin(self.update, vars(self.config))
 
     def _result(self, meta: dict[str, Any]) -> FitResult:
         best, start, probed = self._best(), self.candidates[0], self.config.start == "probe"
@@ -318,8 +378,6 @@ class Loop:
         if not probed and best["update"] == 0:
             warnings.append("no candidate was better on the inner validation side than the network before training")
         reached = (c["update"] for c in self.candidates if c["val_score"] >= 0.95 * best["val_score"])
-        sizes = [len(chunk) for chunk in torch.arange(len(self.train)).tensor_split(self.per_epoch)]
-        full, rest = divmod(self.update, self.per_epoch)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return FitResult(
             arm=self.arm,
@@ -332,7 +390,7 @@ class Loop:
             linear_probe_val=start["val_score"] if probed else None,
             below_linear_probe=below,
             seconds=self._clock(),
-            images_seen=full * len(self.train) + sum(sizes[:rest]),
+            images_seen=self._images_seen(),
             n_train=len(self.train),
             n_val=len(self.val),
             trainable_params_m=trained / 1e6,
@@ -349,16 +407,6 @@ class Loop:
         )
 
 
-def _accelerator(precision: str) -> Any:
-    """A fresh accelerator: one process may fit several times, in different precisions."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    chosen = pick_precision(precision, PartialState().device)
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision={"fp32": "no"}.get(chosen, chosen))
-
-
 def _mix(*parts: int) -> int:
     """A 63-bit seed from a few numbers, different for different numbers."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
@@ -367,31 +415,3 @@ def _mix(*parts: int) -> int:
 def _with_augment(images: ImageSet, augment: Augment | None, seed: int) -> ImageSet:
     """The same images, sharing their cache, with another augmentation."""
     return ImageSet(images.samples, images.classes, images.preprocess, augment, seed, cache=images.cache)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's tensors on the CPU."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
-
-
-def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError where a file on disk belongs to another fit than the one asked for."""
-    if stored != asked:
-        names = [k for k in asked if stored.get(k) != asked[k]]
-        raise ConfigError(
-            f"{path} belongs to a fit with another {' and '.join(names)}; choose another --out, or say --overwrite to "
-            "start again."
-        )
-
-
-def truncate(path: Path, update: int) -> None:
-    """Drops the lines after an update, and a line that a killed process left unfinished."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["update"] > update:
-            break
-        kept.append(line)
-    with writing(path) as part:
-        part.write_text("".join(kept), encoding="utf-8")

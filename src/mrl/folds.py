@@ -10,6 +10,7 @@ from mrl import results, steps
 from mrl.compare_folds import FROZEN_FILE
 from mrl.errors import ConfigError
 from mrl.evaluate import read_predictions, write_predictions
+from mrl.executor import Executor, Task
 from mrl.run import read_json, refuse_existing, say, write_json
 from mrl.workspace import FoldSpace, Workspace, spaces_of
 
@@ -52,6 +53,74 @@ def fit_fold(space: Workspace, arm: str, *, overwrite: bool = False) -> None:
         for name in ("predictions.csv", "evaluation.json"):
             space.file(name).unlink(missing_ok=True)
     steps.fit_step(space, arm, overwrite=overwrite)
+
+
+def fit_all(
+    run: Workspace,
+    spaces: Sequence[Workspace],
+    arms: Sequence[str],
+    executor: Executor,
+    *,
+    score: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Fits arms of folds, or of a run with one hold-out, wherever the executor has room; the files do not depend on it.
+
+    A fold is one task, with all its arms; without folds each arm is one.
+
+    Args:
+        run: the run.
+        spaces: what to fit, of `chosen`.
+        arms: which arms of each.
+        executor: where.
+        score: test and close each fold when its arms are done.
+        overwrite: fit again.
+    """
+    if not executor.here:
+        plan_all(run, arms)
+    told = {"out": str(run.out.resolve()), "tracker": run.tracker, "score": score, "overwrite": overwrite}
+    parts = [(at, list(arms)) for at in spaces] if run.protocol.folds else [(run, [arm]) for arm in arms]
+    if executor.here:
+        for at, those in parts:
+            _fit_part(at, those, score=score, overwrite=overwrite)
+        return
+    executor.run(
+        [
+            Task(
+                f"fold {at.out.name}" if run.protocol.folds else those[0],
+                "mrl.folds:fit_task",
+                {**told, "arms": those, "fold": at.out.name if run.protocol.folds else None},
+            )
+            for at, those in parts
+        ]
+    )
+
+
+def plan_all(run: Workspace, arms: Sequence[str]) -> None:
+    """Plans the swaps that are not planned yet: timed once, before workers have the machine busy."""
+    for arm in arms:
+        if run.arms[arm].swapped and not run.arm_file(arm, "plan.json").is_file():
+            run.arm_file(arm, "plan.json").parent.mkdir(parents=True, exist_ok=True)
+            steps.plan_step(run, run.new_classifier(arm).eval(), arm)
+
+
+def fit_task(
+    out: str, fold: str | None, arms: Sequence[str], tracker: str, *, score: bool = False, overwrite: bool = False
+) -> None:
+    """Fits arms of one fold of the run in `out`, in a worker of its own; goes on where a killed worker stopped."""
+    run = Workspace(out)
+    run.tracker = tracker
+    _fit_part(chosen(run, fold)[0], arms, score=score, overwrite=overwrite)
+
+
+def _fit_part(at: Workspace, arms: Sequence[str], *, score: bool, overwrite: bool) -> None:
+    for arm in arms:
+        if at.refits:
+            fit_fold(at, arm, overwrite=overwrite)
+        else:
+            steps.fit_step(at, arm, overwrite=overwrite)
+    if score and at.refits:
+        score_fold(at)
 
 
 def closed(space: Workspace) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mrl.errors import ConfigError
 from mrl.precision import has_bf16
+from mrl.ranks import join_launch
 
 NEVER_DECAYED = ("cls_token", "pos_embed", "reg_token", "dist_token")
 
@@ -174,3 +175,18 @@ def pick_precision(precision: str, device: torch.device, capabilities: Mapping[s
     if has_bf16(device, capabilities):
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
+
+
+def make_accelerator(precision: str, **told: Any) -> Any:
+    """A fresh accelerator: one process may fit several times, in different precisions."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    state = join_launch()
+    chosen = pick_precision(precision, state.device)
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=state.num_processes > 1 and state.device.type == "cpu",
+        mixed_precision={"fp32": "no"}.get(chosen, chosen),
+        **told,
+    )

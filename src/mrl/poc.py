@@ -10,16 +10,19 @@ from pathlib import Path
 from mrl import curve, folds, results, steps
 from mrl.arms import BASELINE, MRL, check_arm, read_arms
 from mrl.errors import ConfigError
+from mrl.executor import Executor
 from mrl.fit import FitConfig
 from mrl.run import say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig
+from mrl.tracking import Tracking
 from mrl.tuned import read_settings
 from mrl.workspace import Workspace, spaces_of
 
 OWN_FILES = (
     "audit.json", "protocol.yaml", "split.csv", "folds.json", "folds", "fits.json", "curve.json", "predictions-frozen.csv", "plan.json", "calibration.json", "arms", "swapped", "predictions.csv", "evaluation.json",
     "comparison.json", "measure.json", "export.json", "model.onnx", "model.parity.json", "report.json", "report.html", "tune",
+    "mlflow.db", "mlflow", ".mlflow.lock",
 )  # fmt: skip
 
 
@@ -48,6 +51,10 @@ def poc(
     lang: str = "en",
     price_per_hour: float | None = None,
     currency: str = "",
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
+    tracker: str = "none",
     overwrite: bool = False,
     budget: FitConfig = FitConfig(),  # noqa: B008
     calibration: CalibrateConfig = CalibrateConfig(),  # noqa: B008
@@ -82,6 +89,10 @@ def poc(
         lang: of the report: en or ja.
         price_per_hour: of this machine, to show the cost of a million images.
         currency: of that price, such as EUR.
+        executor: where the fits run: local, or ray (a cluster, or this machine); the numbers are the same.
+        workers: fits at a time, which share the cores and GPUs; 1 with local is this process.
+        ray_address: of a Ray cluster that sees --out and the images; without it RAY_ADDRESS, or a Ray on this machine.
+        tracker: mlflow or tensorboard copies the rows of metrics.jsonl to files in --out; none does not.
         overwrite: throw away the run that is in --out and start anew.
         budget: of the fit, the same for all arms that say nothing else.
         calibration: of the swapped arms; standard and full calibrate anew in each fold, on at most 640 images of its
@@ -100,12 +111,14 @@ def poc(
         check_arm(arm, [BASELINE, MRL, *(str(entry.get("name")) for entry in more)])
     if lang not in ("en", "ja"):
         raise ConfigError(f"--lang {lang}: unknown; use en or ja.")
+    many, _ = Executor(executor, workers, ray_address), Tracking(tracker)
     start = time.monotonic()
     space = _open(Path(out), request, overwrite)
     if space is None:
         return
+    space.tracker = tracker
     todo: list[tuple[str, Callable[[], object]]] = [
-        *_fits(space),
+        *_fits(space, many),
         ("comparison.json", lambda: results.compare_step(space)),
         ("measure.json", lambda: results.measure_step(space)),
         ("export.json", lambda: results.export_step(space, arm=arm, overwrite=True)),
@@ -119,8 +132,13 @@ def poc(
     say(f"done in {time.monotonic() - start:.0f} s: {path}")
 
 
-def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
+def _fits(space: Workspace, many: Executor) -> list[tuple[str, Callable[[], object]]]:
     """Training and predictions: of one hold-out, or fold by fold."""
+    drawn = (
+        [(curve.CURVE_FILE, lambda: curve.curve_step(space, executor=many))] if space.protocol.preset == "full" else []
+    )
+    if not many.here:
+        return [("predictions.csv", lambda: _fit_by_many(space, many)), *drawn]
     if not space.protocol.folds:
         return [
             *((f"arms/{name}/model", lambda name=name: steps.fit_step(space, name)) for name in space.protocol.arms),
@@ -133,10 +151,18 @@ def _fits(space: Workspace) -> list[tuple[str, Callable[[], object]]]:
         folds.score_fold(fold)
 
     made = [(f"folds/{fold.out.name}/predictions.csv", lambda fold=fold: through(fold)) for fold in spaces_of(space)]
-    made.append(("predictions.csv", lambda: folds.join(space)))
-    if space.protocol.preset == "full":
-        made.append((curve.CURVE_FILE, lambda: curve.curve_step(space)))
-    return made
+    return [*made, ("predictions.csv", lambda: folds.join(space)), *drawn]
+
+
+def _fit_by_many(space: Workspace, many: Executor) -> None:
+    """The same by several workers: all that is not fitted yet is dealt to them at once."""
+    spaces, arms = spaces_of(space), list(space.protocol.arms)
+    if space.protocol.folds:
+        folds.fit_all(space, [at for at in spaces if not folds.closed(at)], arms, many, score=True)
+        folds.join(space)
+    else:
+        folds.fit_all(space, spaces, [arm for arm in arms if not (space.arm(arm) / "model").is_dir()], many)
+        results.evaluate_step(space)
 
 
 def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:

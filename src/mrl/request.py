@@ -113,7 +113,9 @@ class Request:
                 f"--settings and {', '.join(SETTLED[n] for n in own)} were both given; the settings hold them, so leave these out."
             )
         if self.settings is not None and self.arms:
-            raise ConfigError("--settings and --arms were both given; settings are of two arms, baseline and mrl: leave one out.")
+            raise ConfigError(
+                "--settings and --arms were both given; settings are of two arms, baseline and mrl: leave one out."
+            )
         if weights_are_own(self.model, self.weights) and not (self.test or self.weights_unseen):
             raise ConfigError(
                 "weights of your own may have seen these images, and then the test would flatter the model: give images they "

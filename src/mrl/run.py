@@ -172,8 +172,33 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def world() -> int:
+    """The processes of the launch (`torchrun`, `accelerate launch`) that this one belongs to; 1 without any.
+
+    Example:
+        >>> world()
+        1
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def leads() -> bool:
+    """Whether this process writes files and prints: the first of its launch, or one on its own.
+
+    Example:
+        >>> leads()
+        True
+    """
+    return world() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """Prints one line for the person at the terminal, on standard error (standard output is for results)."""
+    """Prints one line for the person at the terminal, on standard error (standard output is for results).
+
+    Of the processes of a launch only the first one prints.
+    """
+    if not leads():
+        return
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
@@ -190,7 +215,7 @@ def progress(title: str, total: int | None) -> Iterator[Any]:
         ...     advance()
         ...     advance()
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and leads():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

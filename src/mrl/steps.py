@@ -26,8 +26,9 @@ from mrl.errors import ConfigError, DataError, MrlError
 from mrl.fit import FitConfig, fit, refit
 from mrl.models import build_model
 from mrl.protocol import Protocol, was_changed, write_protocol
+from mrl.ranks import share
 from mrl.request import Request, make_protocol, pair_of, say_mde
-from mrl.run import read_json, refuse_existing, say, write_json
+from mrl.run import read_json, refuse_existing, say, world, write_json
 from mrl.swap import CalibrateConfig, Handle, Plan, SwapConfig, calibrate, load, plan, save, swap_
 from mrl.swap.plan import WORTH
 from mrl.tuned import tuned_plan
@@ -265,22 +266,10 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
         for path in [path for path in folder.iterdir() if path.name != "plan.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    protocol, config = space.protocol, space.budget("train", arm=arm)
-    model = _start(space, arm)
-    train = space.image_set("train", augment=config.augment, seed=space.seed, arm=arm)
-    val = space.image_set("val", arm=arm)
-    meta = {"protocol_sha256": protocol.sha256()}
-    told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
-    say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
-    if not space.refits:
-        fit(model, train, val, config, folder, **told, meta=meta)
-    else:
-        kept = folder / FEATURES
-        chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta)
-        model = _start(space, arm)
-        whole = space.image_set("train", "val", augment=config.augment, seed=space.seed, arm=arm)
-        say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
-        refit(model, whole, chosen, space.budget("train", "val", arm=arm), folder, meta=meta, features=kept)
+    begun = _start(space, arm), space.image_set("train", arm=arm), space.image_set("val", arm=arm)
+    if world() > 1:  # calibration and split are on disk now
+        share({"fold": space.name, "arm": arm, "tracker": space.tracking().kind})
+    model = train_step(space, arm, begun[0])
     about = {
         **space.stamp(),
         "arm": arm,
@@ -294,6 +283,34 @@ def fit_step(space: Workspace, arm: str, *, overwrite: bool = False) -> dict[str
         for name in ("best.safetensors", "start.safetensors"):
             (folder / INNER / name).unlink(missing_ok=True)
     return read_json(folder / "fit.json")
+
+
+def train_step(space: Workspace, arm: str, model: torch.nn.Module | None = None) -> torch.nn.Module:
+    """The updates of `fit_step`, which all processes of a launch make together; returns the fitted model.
+
+    Args:
+        space: the run or the fold, with its split and the start of the arm on disk.
+        arm: to fit.
+        model: what the fit begins from, where it was built already.
+    """
+    protocol, config, folder = space.protocol, space.budget("train", arm=arm), space.arm(arm)
+    model = _start(space, arm) if model is None else model
+    train = space.image_set("train", augment=config.augment, seed=space.seed, arm=arm)
+    val = space.image_set("val", arm=arm)
+    meta = {"protocol_sha256": protocol.sha256()}
+    told = {"seed": space.seed, "arm": arm, "metric": protocol.metric}
+    say(f"fitting {arm}: {len(train)} training and {len(val)} validation images")
+    if not space.refits:
+        fit(model, train, val, config, folder, **told, meta=meta, tracking=space.tracking(arm))
+        return model
+    kept, tracking = folder / FEATURES, space.tracking(arm, INNER)
+    chosen = fit(model, train, val, config, folder / INNER, **told, features=kept, meta=meta, tracking=tracking)
+    model = _start(space, arm)
+    whole = space.image_set("train", "val", augment=config.augment, seed=space.seed, arm=arm)
+    say(f"fitting {arm} on all {len(whole)} images of the training side, as far as update {chosen.best_update} was")
+    config = space.budget("train", "val", arm=arm)
+    refit(model, whole, chosen, config, folder, meta=meta, features=kept, tracking=space.tracking(arm))
+    return model
 
 
 def _start(space: Workspace, arm: str) -> torch.nn.Module:

@@ -32,6 +32,7 @@ from mrl.models import Classifier, build_model
 from mrl.models.build import preprocess_of
 from mrl.protocol import Protocol, load_protocol
 from mrl.swap import load
+from mrl.tracking import Tracking
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,7 @@ class Workspace:
     """
 
     repeat, fold = 0, 0
+    tracker = "none"  # what the rows of the fits are copied to; no number depends on it
 
     def __init__(self, out: Path | str) -> None:
         self.out = Path(out)
@@ -71,6 +73,11 @@ class Workspace:
             return self.out
         return self.out / "folds" / (LAST if self.protocol.folds["n_frozen"] else "r0f0")
 
+    @property
+    def name(self) -> str | None:
+        """Of a fold, as `--fold` takes it; None of a run."""
+        return None
+
     def arm(self, name: str) -> Path:
         """The folder of an arm."""
         return self.home / "arms" / name
@@ -83,6 +90,10 @@ class Workspace:
     def arms(self) -> dict[str, Arm]:
         """All arms of the protocol, the baseline first."""
         return arms_of(self.protocol)
+
+    def tracking(self, *name: str) -> Tracking:
+        """Where the rows of a fit of this name are copied to."""
+        return Tracking(self.tracker, self.out, "/".join(name))
 
     @property
     def seed(self) -> int:
@@ -254,6 +265,15 @@ class FoldSpace(Workspace):
     def seed(self) -> int:
         """Of the training in this fold."""
         return self.run.seed + 1 + self.repeat * self.run.protocol.folds["k"] + max(self.fold, 0)
+
+    def tracking(self, *name: str) -> Tracking:
+        """As the run's, in its one store."""
+        return self.run.tracking(self.name, *name)
+
+    @property
+    def name(self) -> str:
+        """As `--fold` takes it."""
+        return self.out.name
 
     @property
     def refits(self) -> bool:

@@ -52,10 +52,16 @@ class Classification:
         if self.metric not in PRIMARY:
             raise ConfigError(f"metric {self.metric!r}: choose one of {', '.join(PRIMARY)}.")
 
-    def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor], total: Tensor | None = None) -> Tensor:
         """The weighted mean cross-entropy, sum(w * loss) / sum(w) with w = class weight * confidence.
 
         Where the batch has "target", shares of all classes that sum to 1, those take the place of the label.
+
+        Args:
+            logits: of the network.
+            batch: "label" and "weight", and "target" where it is mixed.
+            total: sum(w) of the whole batch where this is one process's share of it, so that the losses of all shares add
+                up to the loss of the whole batch; None is that of this batch.
 
         Shape:
             logits (B, K), batch["label"] (B,), batch["weight"] (B,), batch["target"] (B, K) -> ().
@@ -65,7 +71,8 @@ class Classification:
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
         weights = self.weights(batch).to(losses)
-        return (weights * losses).sum() / weights.sum().clamp(min=1e-12)
+        whole = weights.sum() if total is None else total
+        return (weights * losses).sum() / whole.clamp(min=1e-12)
 
     def weights(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What each image of a batch counts in the loss: class weight * confidence, (B,) float32."""

@@ -1,0 +1,60 @@
+"""A command under `torchrun` or `accelerate launch`: the first process runs it, the others make its fits with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mrl import steps
+from mrl.curve import space_named
+from mrl.errors import ConfigError, MrlError
+from mrl.ranks import join_launch, leave_launch, share
+from mrl.run import leads, world
+from mrl.workspace import Workspace
+
+ALLOWED = ("fit", "curve", "poc")
+
+
+def run_launched(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Runs a command in the first process of a launch; alone it just runs it.
+
+    Args:
+        name: of the command.
+        function: of the command.
+        arguments: among them `out`, a folder that all processes see.
+
+    Raises:
+        ConfigError: a command that has no fit to share.
+
+    Example:
+        >>> run_launched("models", print, {"sep": " "})
+        <BLANKLINE>
+    """
+    if world() == 1:
+        function(**arguments)
+        return
+    if name not in ALLOWED:
+        raise ConfigError(
+            f"{world()} processes were started, and only `mrl fit`, `mrl curve` and `mrl poc` can share their work; start it without "
+            "torchrun or accelerate launch."
+        )
+    join_launch()
+    if not leads():
+        assist(arguments["out"])
+    else:
+        try:
+            function(**arguments)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                share(None)
+    leave_launch()
+
+
+def assist(out: str) -> None:
+    """Takes part in the fits that the first process asks for, until it asks for no more."""
+    while (asked := share()) is not None:
+        run = Workspace(out)
+        run.tracker = asked["tracker"]
+        with contextlib.suppress(MrlError):  # the first process meets and tells it too
+            steps.train_step(space_named(run, asked["fold"]), asked["arm"])

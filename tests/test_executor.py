@@ -1,0 +1,176 @@
+"""Folds by one process, two processes and two Ray workers: the same files; and whole when a worker is killed."""
+
+import csv
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from mrl.cli import main
+from mrl.errors import ConfigError, DataError, MissingExtra, MrlError
+from mrl.executor import Executor, Task
+from mrl.run import write_json
+from test_folds import TINY, _small, opened  # noqa: F401
+from test_poc import draw
+
+RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+TWO = [pytest.param("local", id="local"), pytest.param("ray", id="ray", marks=RAY)]
+
+
+def note(folder: str, name: str, seconds: float = 0.0, refuse: str = "") -> None:
+    """A task: says which process it is in, waits, and leaves a file."""
+    with (Path(folder) / "tries").open("a") as file:
+        file.write(f"{name} {os.getpid()} {torch.get_num_threads()}\n")
+    time.sleep(seconds)
+    if refuse:
+        raise DataError(refuse)
+    write_json(Path(folder) / f"{name}.json", {"pid": os.getpid()})
+
+
+def tries(folder: Path) -> list[list[str]]:
+    path = folder / "tries"
+    return [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def tasks(folder: Path, names: str, **more) -> list[Task]:
+    return [Task(n, "test_executor:note", {"folder": str(folder), "name": n, **more}) for n in names]
+
+
+def background(folder: Path, kind: str, names: str, seconds: float) -> subprocess.Popen:
+    """The tasks on two workers, driven by a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_executor as t\n"
+        "t.Executor(sys.argv[3], 2).run(t.tasks(Path(sys.argv[2]), sys.argv[4], seconds=float(sys.argv[5])))"
+    )
+    words = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), kind, names, str(seconds)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def until(true, limit: float = 120.0) -> None:
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TWO)
+def test_executor__a_killed_worker_is_replaced_and_an_error_is_told(tmp_path, kind):
+    driver = background(tmp_path, kind, "abcd", 4.0)
+    until(lambda: tries(tmp_path))
+    victim = tries(tmp_path)[0]
+    assert int(victim[1]) != driver.pid
+    os.kill(int(victim[1]), signal.SIGKILL)
+    assert driver.wait(240) == 0, driver.stderr.read()
+    driver.stderr.close()
+    assert sorted(p.stem for p in tmp_path.glob("*.json")) == list("abcd")
+    assert Counter(name for name, *_ in tries(tmp_path)) == {**dict.fromkeys("abcd", 1), victim[0]: 2}
+    with pytest.raises(MrlError, match="the lens is broken"):
+        Executor(kind, 2).run(tasks(tmp_path, "e", refuse="the lens is broken"))
+
+
+@pytest.mark.slow
+def test_executor__workers_end_with_the_process_that_started_them(tmp_path):
+    driver = background(tmp_path, "local", "ab", 60.0)
+    until(lambda: len(tries(tmp_path)) == 2)
+    driver.kill()
+    driver.wait()
+    driver.stderr.close()
+    until(lambda: not any(psutil.pid_exists(int(pid)) for _, pid, _ in tries(tmp_path)), 10)
+
+
+def test_executor__here_is_this_process(tmp_path):
+    Executor().run(tasks(tmp_path, "ab"))
+    assert {int(pid) for _, pid, _ in tries(tmp_path)} == {os.getpid()}
+
+
+def test_executor__wrong_words(monkeypatch):
+    with pytest.raises(ConfigError, match="--workers 0: use 1 or more"):
+        Executor(workers=0)
+    with pytest.raises(ConfigError, match="say --executor ray too"):
+        Executor(address="10.0.0.1:6379")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"run `pip install mrl\[ray\]`"):
+        Executor("ray").run([])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="torchrun and accelerate launch share one fit"):
+        Executor("ray")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A run of two folds, twice, as it is before anything is fitted, and after one process fitted it."""
+    place = tmp_path_factory.mktemp("runs")
+    data = draw(place / "data", classes=("blank", "dot"))
+    opened(data, place / "fresh")
+    assert main(["plan", "--out", str(place / "fresh")]) == 0  # timed once: all executors get the same plan
+    shutil.copytree(place / "fresh", place / "here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["fit", "--out", str(place / "here")]) == 0
+    assert main(["evaluate", "--out", str(place / "here")]) == 0
+    torch.set_num_threads(before)
+    return place
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TWO)
+def test_fit__by_two_workers_gives_the_files_of_one_process(fitted, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("mrl.executor._cores", lambda: 2)
+    out = shutil.copytree(fitted / "fresh", tmp_path / "run")
+    assert main(["fit", "--out", str(out), "--executor", kind, "--workers", "2"]) == 0
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert (out / "predictions.csv").read_bytes() == (fitted / "here" / "predictions.csv").read_bytes()
+    assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == {
+        p.relative_to(fitted / "here") for p in (fitted / "here").rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TWO)
+def test_fit__finishes_whole_when_a_worker_is_killed(fitted, tmp_path, kind):
+    out = shutil.copytree(fitted / "fresh", tmp_path / "run")
+    words = [sys.executable, "-m", "mrl", "fit", "--out", str(out), "--executor", kind, "--workers", "2"]
+    driver = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    until(lambda: list(out.glob("folds/*/arms/*/inner/metrics.jsonl")) or driver.poll() is not None)
+    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if _works(p)]
+    assert workers
+    workers[0].kill()
+    _, said = driver.communicate(timeout=400)
+    assert driver.returncode == 0, said
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert table(out) == table(fitted / "here")
+
+
+def _works(process: psutil.Process) -> bool:
+    """Whether a process has a fold in hand."""
+    words = " ".join(process.cmdline())
+    return "mrl.executor" in words or words.startswith("ray::_work")
+
+
+@pytest.mark.slow
+def test_poc__by_two_workers_is_whole(tmp_path, monkeypatch):
+    data = draw(tmp_path / "data", classes=("blank", "dot"))
+    for preset in ("quick", "standard"):
+        out = tmp_path / preset
+        words = ["poc", "--data", str(data), "--out", str(out), *TINY, "--preset", preset, "--workers", "2"]
+        assert main([*words, "--tracker", "tensorboard"]) == 0
+        assert (out / "report.html").is_file()
+        assert len(list(out.rglob("events.out.tfevents.*"))) == (2 if preset == "quick" else 16)
+        assert "tracker" not in (out / "protocol.yaml").read_text()
+        assert main(words) == 0  # finished already
