@@ -314,7 +314,8 @@ class _Branch:
 
     def _answer(self, y: Tensor) -> Tensor:
         bias = self.linear.bias
-        return nn.functional.linear(y.float(), self.linear.weight.float(), None if bias is None else bias.float())
+        with torch.autocast(y.device.type, enabled=False):
+            return nn.functional.linear(y.float(), self.linear.weight.float(), None if bias is None else bias.float())
 
     def solve(self, n_fit: int) -> bool:
         """Sets the Linear to the best of the strengths on the images after the first `n_fit`; whether one was better."""
