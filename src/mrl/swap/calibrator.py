@@ -48,7 +48,8 @@ class Calibrator:
         self.mixers = handle.mixers()
         self.held, self.closing = held, closing
         bf16 = config.bf16 if config.bf16 is not None else has_bf16(device)
-        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        # without autocast's cache of weights, which knows neither the originals' turn nor values set inside a pass
+        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
         self.teacher = Teacher(handle, held, self.autocast)
         self.resume = resume
         if resume.tensors:

@@ -182,7 +182,7 @@ def follow_stream(
         images: to fit on, (B, 3, H, W); as many as memory allows are used, at most 1,500 with the held-out ones.
         held: held-out images that choose the strength, on the model's device.
         blocks: also solve the last Linear of each block, not the mixers' projections alone.
-        autocast: the precision of the passes.
+        autocast: the precision of the passes, with `cache_enabled=False`: weights change inside them.
 
     Returns:
         How many Linears were changed.
@@ -314,7 +314,8 @@ class _Branch:
 
     def _answer(self, y: Tensor) -> Tensor:
         bias = self.linear.bias
-        return nn.functional.linear(y.float(), self.linear.weight.float(), None if bias is None else bias.float())
+        with torch.autocast(y.device.type, enabled=False):
+            return nn.functional.linear(y.float(), self.linear.weight.float(), None if bias is None else bias.float())
 
     def solve(self, n_fit: int) -> bool:
         """Sets the Linear to the best of the strengths on the images after the first `n_fit`; whether one was better."""
