@@ -86,12 +86,11 @@ def test_budget__has_the_updates_of_the_whole(tmp_path):
     space = SubsetSpace(FoldSpace(Workspace(tmp_path), 0, 1), 0.1)
     rows, units = split(group=1)
     space.whole.__dict__["rows"] = rows
-    run = SimpleNamespace(
-        protocol=SimpleNamespace(budget={"epochs": 3, "min_updates": 5, "batch_size": 8}, seed=0), units=units
-    )
-    space.run = run
+    own = {"mrl": SimpleNamespace(budget=FitConfig(epochs=3, min_updates=5, batch_size=8))}
+    space.run = SimpleNamespace(protocol=SimpleNamespace(seed=0), units=units, arms=own)
+    space.__dict__["arms"] = own
     n = {side: sum(row.split == side for row in rows) for side in ("train", "val")}
-    inner, whole = space.budget("train"), space.budget("train", "val")
+    inner, whole = space.budget("train", arm="mrl"), space.budget("train", "val", arm="mrl")
     assert len([r for r in space.rows if r.split == "train"]) < n["train"] / 4
     plain = FitConfig(epochs=3, min_updates=5, batch_size=8)
     few = sum(row.split == "train" for row in space.rows)

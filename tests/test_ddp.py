@@ -231,4 +231,4 @@ def test_ddp__mrl_fit_under_torchrun_writes_what_one_process_does(tmp_path):
         env=env,
     )
     assert refused.returncode != 0
-    assert refused.stderr.count("only `mrl fit` and `mrl poc` can share their work") == 1
+    assert refused.stderr.count("only `mrl fit`, `mrl curve` and `mrl poc` can share their work") == 1
