@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mrl.errors import ConfigError
+from mrl.executor import Executor, Task
 from mrl.fit import FitConfig
 from mrl.run import plain, read_json, say, write_json
 from mrl.swap import CalibrateConfig, SwapConfig
@@ -77,6 +79,7 @@ def tune(
     study: str | None = None,
     backend: str = "onnxruntime",
     seconds: float = 6.0,
+    executor: Executor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Searches on the training side of a run, judges the best few again, and writes `tune/tune.json` and `tune/settings.json`.
@@ -92,6 +95,7 @@ def tune(
         study: name in the storage; None is made of the protocol's hash.
         backend: that latency is measured in: onnxruntime or eager.
         seconds: about how long one architecture is timed.
+        executor: None, or where several workers share this search; one that dies is replaced, and its trial is made again.
         overwrite: forget the search of this name that is there, and start again.
 
     Returns:
@@ -112,13 +116,16 @@ def tune(
     judge = TrainingSide(space, folder, backend, seconds)
     bound = _bound(words, judge)
     name = study or f"mrl-{space.protocol.sha256()[:12]}"
-    kept = open_storage(storage, folder)
+    kept, done = open_storage(storage, folder), folder / RESULT
     try:
         if overwrite:
             forget(kept, name, folder)
-        done = folder / RESULT
         if done.is_file() and _same(read_json(done), goal, bound, name):
             say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
+            return read_json(done)
+        if executor is not None and not executor.here:
+            told = {"storage": storage, "study": study, "backend": backend, "seconds": seconds}
+            _shared(executor, {"out": str(space.out.resolve()), "words": list(words), "goal": asdict(goal), **told})
             return read_json(done)
         say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
         identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
@@ -133,6 +140,20 @@ def tune(
     judge.clear()
     _say_result(found, done)
     return read_json(done)
+
+
+def _shared(executor: Executor, told: dict[str, Any]) -> None:
+    """As many workers as the executor has, all on this search; each writes the same result."""
+    words = [str(Path(word).resolve()) if Path(word).is_file() else word for word in told["words"]]
+    if told["storage"] is not None and "://" not in told["storage"]:
+        told["storage"] = str(Path(told["storage"]).resolve())
+    told["words"] = words
+    executor.run([Task(f"search {i + 1}", "mrl.tune:tune_task", told) for i in range(executor.workers)])
+
+
+def tune_task(out: str, words: Sequence[str], goal: dict[str, Any], **options: Any) -> None:
+    """A worker of a shared search."""
+    tune(out, words, Goal(**goal), **options)
 
 
 def _bound(words: Sequence[str], judge: Any) -> Space:

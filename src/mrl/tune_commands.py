@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mrl import steps
+from mrl.executor import Executor
 from mrl.workspace import Workspace
 
 
@@ -27,6 +28,9 @@ def tune(
     test: str | None = None,
     weights_unseen: bool = False,
     image_size: int | list[int] | None = None,
+    executor: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Searches regions, layers, local mixing and the fit on the training side, as hard for the baseline; writes OUT/tune/tune.json.
@@ -50,15 +54,26 @@ def tune(
         test: test images of your own, folder or CSV; the search does not look at them.
         weights_unseen: your word that weights of your own have not seen the images.
         image_size: pixels, one number or height and width.
+        executor: where workers run: local, or ray (a cluster, or this machine).
+        workers: of this search, which share its trials, the cores and GPUs; 1 with local is this process.
+        ray_address: of a Ray cluster that sees --out and the images; without it RAY_ADDRESS, or a Ray on this machine.
         overwrite: forget the search that is there and start again.
     """
     from mrl.tune import tune as run_search
     from mrl.tuning.goal import Goal
 
+    many = Executor(executor, workers, ray_address)
     flags = {"model": model, "weights": weights, "data": data, "test": test, "weights_unseen": weights_unseen}
     workspace = steps.open_run(Workspace(out), {**flags, "image_size": image_size})
     if mode == "constrained" and max_latency_ratio is None and max_latency_ms is None:
         max_latency_ratio = 1.0
     goal = Goal(trials, mode, max_latency_ratio, max_latency_ms, keep, judges, workspace.protocol.seed)
-    options = {"storage": storage, "study": study, "backend": backend, "seconds": seconds, "overwrite": overwrite}
+    options = {
+        "storage": storage,
+        "study": study,
+        "backend": backend,
+        "seconds": seconds,
+        "executor": many,
+        "overwrite": overwrite,
+    }
     run_search(out, space or [], goal, **options)
