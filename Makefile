@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mrl-setup
 
-.PHONY: setup demo test test-demo test-slow test-browser bench bench-recovery bench-deploy lint format constraints
+.PHONY: setup demo test test-demo test-slow test-browser bench bench-recovery bench-elpv bench-deploy lint format constraints
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ bench: setup
 
 bench-recovery: setup
 	$(BIN)/python benchmarks/recovery.py
+
+bench-elpv: setup
+	$(BIN)/python benchmarks/standard.py
 
 bench-deploy: setup
 	$(BIN)/python benchmarks/deploy.py

@@ -374,3 +374,24 @@ def test_protocol__of_folds_says_what_was_fixed_and_what_can_be_detected(data, t
     assert made.mde["n_test"] == 32
     expected = detectable_by_folds(32, 0.1, k=2, repeats=2)
     assert made.mde["by_disagreement"]["0.1"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_benchmark__sums_a_standard_run(standard, tmp_path, monkeypatch):
+    import standard as benchmark
+
+    asked = {}
+    monkeypatch.setattr(benchmark, "poc", lambda **more: asked.update(more))
+    benchmark.main(["--out", str(standard), "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    found, compared = json.loads(path.read_text()), json.loads((standard / "comparison.json").read_text())
+    assert (asked["preset"], asked["out"]) == ("standard", str(standard))
+    assert found["verdict"] == compared["verdict"]
+    assert found["difference"] == compared["difference"]
+    for arm in ("baseline", "mrl"):
+        assert len(found["arms"][arm]["folds"]) == 4
+        assert found["arms"][arm][found["protocol"]["metric"]]["estimate"] == pytest.approx(
+            np.mean(found["arms"][arm]["folds"])
+        )
+    assert len(found["seconds"]["calibrations"]) == 4
+    assert found["seconds"]["total"] > sum(found["seconds"]["fits"]["mrl"]) > 0

@@ -24,7 +24,18 @@ NEEDED = pytest.mark.skipif(
     reason="PostgreSQL's initdb and postgres, or ray, are not installed",
 )
 TRIALS = 3
-ASKED = ["region=2,3,4", "lr=1e-5,3e-5,1e-4", "--trials", str(TRIALS), "--mode", "pareto", "--keep", "1", "--judges", "2"]
+ASKED = [
+    "region=2,3,4",
+    "lr=1e-5,3e-5,1e-4",
+    "--trials",
+    str(TRIALS),
+    "--mode",
+    "pareto",
+    "--keep",
+    "1",
+    "--judges",
+    "2",
+]
 
 
 @NEEDED
