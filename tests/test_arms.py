@@ -191,6 +191,15 @@ def test_rule_family__four_null_arms_are_rarely_called_superior():
 # Whole runs
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """Short measurements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mrl.results.MEASURE_SECONDS", 3.0)
+        patch.setattr("mrl.results.OTHER_SIZES", ())
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return draw(tmp_path_factory.mktemp("images") / "data", classes=("blank", "dot"))
@@ -229,7 +238,7 @@ def test_quick__every_arm_has_its_own_plan_fit_and_comparison(quick):
         assert (quick / name).is_file()
     assert {r["region"][0] for r in json.loads((quick / "arms/region4/plan.json").read_text())["rows"]} == {4}
     swapped = [r for r in json.loads((quick / "arms/first/plan.json").read_text())["rows"] if r["action"] == "swap"]
-    assert [row["name"] for row in swapped] == ["blocks.0.attn"]
+    assert [row["name"] for row in swapped] == ["backbone.blocks.0.attn"]
     fits = {arm: json.loads((quick / "arms" / arm / "fit.json").read_text()) for arm in names}
     assert fits["scratch"]["config"]["start"] == "scratch"
     assert len({json.dumps(fit["config"]) for arm, fit in fits.items() if arm != "scratch"}) == 1

@@ -160,6 +160,7 @@ def test_verbs__refuse_only_where_their_own_output_exists(finished, tmp_path, ca
     assert "--region 4: the protocol" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_poc__killed_in_the_middle_of_an_arm_gives_the_same_numbers(finished, data, tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, "-m", "mrl", *command(data, out)]
@@ -177,6 +178,7 @@ def test_poc__killed_in_the_middle_of_an_arm_gives_the_same_numbers(finished, da
     assert (out / "predictions.csv").read_text() == (finished / "predictions.csv").read_text()
 
 
+@pytest.mark.slow
 def test_poc__bad_files_are_all_named_or_skipped_and_reported(data, tmp_path, capsys):
     bad = shutil.copytree(data, tmp_path / "bad")
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
@@ -356,6 +358,7 @@ def test_export__a_precision_that_cannot_be_shown_is_refused(finished, tmp_path,
     assert sorted(p.name for p in out.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_export__a_saved_model(finished, data, tmp_path, capsys):
     folder = shutil.copytree(finished / "arms" / "mrl" / "model", tmp_path / "net")
     assert main(["export", str(folder)]) == 1

@@ -54,6 +54,7 @@ def test_measure__the_slower_one_is_slower_and_a_copy_is_not_resolvable():
         assert model["latency_ms_median"] <= model["latency_ms_p95"] <= model["latency_ms_p99"]
 
 
+@pytest.mark.slow
 def test_measure__backends_precisions_batches_sizes_and_threads():
     model = timm.create_model("test_mrl", num_classes=2).eval()
     options = {
