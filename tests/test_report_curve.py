@@ -90,7 +90,7 @@ def test_report__shows_scores_differences_gaps_and_their_scope(out, lang):
         assert words.points(gap["estimate"]) in said
         assert words.interval(gap["low"], gap["high"], "points", (0.0,)) in said
     assert words("curve.scope", folds="5") in said
-    assert words("curve.of_folds", n=words("unit.of", n="1", total="5")) in said  # gaps at 10 %: one fold has one
+    assert words("curve.of_folds", n="1", total="5") in said  # gaps at 10 %: one fold has one
     assert words.between("240", "244") in said
     assert not NOTHING.search(said.replace("None of these", ""))
     if lang == "ja":

@@ -10,7 +10,7 @@ from typing import Any
 from mrl.report.figures import STYLES, Guides, Span, intervals
 from mrl.report.parts import Cell, Part, Section, View, figure, side_by_side, table, text
 from mrl.report.svg import Axis, Canvas, shorten, text_width
-from mrl.report.words import known
+from mrl.report.words import MINUS, known
 
 LABEL = 96.0  # user units that a name may take beside a line
 
@@ -221,7 +221,7 @@ def _differences(view: View, found: Mapping[str, Any], first: str) -> Part:
             group=len(others) if len(others) > 1 else 0,
         ),
         label=words("curve.difference_label", first=name),
-        text=lambda v: ("+" if v > 0 else "") + f"{round(v * 100, 9):g}",
+        text=lambda v: ("+" if v > 0 else "") + f"{round(v * 100, 9):g}".replace("-", MINUS),
         missing=words("missing"),
         row=24 if len(others) == 1 else 18,
     )
@@ -234,8 +234,8 @@ def _gaps(view: View, found: Mapping[str, Any]) -> Part:
 
     def cell(gap: Mapping[str, Any]) -> Cell:
         few = known(gap["gap"]) and gap["n_gaps"] < found["n_folds"]
-        of = words("unit.of", n=words.count(gap["n_gaps"]), total=words.count(found["n_folds"]))
-        return Cell(words.points(gap["gap"]), sub=words("curve.of_folds", n=of) if few else "")
+        counts = {"n": words.count(gap["n_gaps"]), "total": words.count(found["n_folds"])}
+        return Cell(words.points(gap["gap"]), sub=words("curve.of_folds", **counts) if few else "")
 
     rows = [
         [_size(view, size), _range(view, size["updates"]), *(cell(size["arms"][arm]) for arm in arms)]
