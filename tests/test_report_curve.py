@@ -194,6 +194,15 @@ def test_report__numbers_of_sections_follow_the_page(out):
     assert heads == [(key, str(i)) for i, key in enumerate(SECTIONS, 1)]
 
 
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_report__names_the_shares_that_were_too_small(out, lang):
+    put(out, {**drawn({"mrl": (0.01, 0.02)}, shares=(0.4, 1.0)), "left_out": [0.1, 0.125]})
+    words = Words(lang)
+    shares = words.listed(["10\u202f%", "12.5\u202f%"])
+    assert words("curve.left_out", shares=shares) in section_of(html_of(out, lang)).said()
+    assert read_json(out / "report.json")["curve"]["left_out"] == [0.1, 0.125]
+
+
 def test_report__auroc_and_one_size_only(out):
     found = drawn({"mrl": (0.01,)}, metric="auroc", shares=(1.0,))
     put(out, found)

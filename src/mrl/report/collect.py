@@ -14,7 +14,7 @@ from mrl.tuned import tuned_warnings
 
 ARMS = ("baseline", "mrl")
 _LATENCY = ("latency_ms_median", "latency_ms_p95", "latency_ms_p99", "throughput_img_s")
-_CURVE = ("metric", "alpha", "k", "n_folds", "scope", "sizes")
+_CURVE = ("metric", "alpha", "k", "n_folds", "left_out", "scope", "sizes")
 _COST = ("params_m", "gmacs", "peak_memory_mb", "file_mb")
 _FIT = (
     "updates",
@@ -200,7 +200,7 @@ def assemble(run: RunFiles) -> dict[str, Any]:
             "more_images": comparison.get("more_images"),
             "disagreement": comparison.get("disagreement"),
             **{key: comparison[key] for key in ("folds", "test", "bayes", "frozen") if comparison.get(key)},
-            **({"curve": {key: run.curve[key] for key in _CURVE}} if run.curve else {}),
+            **({"curve": {key: run.curve[key] for key in _CURVE if key in run.curve}} if run.curve else {}),
             "calibration": _calibration(run),
             "skipped": list(run.audit.get("skipped") or []),
             "bad_files": list(run.audit.get("bad") or []),

@@ -38,6 +38,9 @@ def by_images(view: View) -> Section:
         _gaps(view, found),
         text(words("curve.scope", folds=words.count(found["n_folds"]))),
     ]
+    if found.get("left_out"):
+        shares = words.listed([_share(view, share) for share in found["left_out"]])
+        parts.append(text(words("curve.left_out", shares=shares)))
     return Section("curve", say, parts)
 
 
