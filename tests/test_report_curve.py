@@ -218,6 +218,9 @@ def test_by_size__draws_what_is_there():
     assert svg.count("whisker m") == 3
     assert "none" not in svg
     assert "gone" in by_size([("none", "", points[1:2])], label="l", x_label="n", text=str, missing="gone")
+    wide = [("a", "mrl", [Point(10, 0.9, -0.4, 2.2, "")])]
+    ticks = re.findall(r'end" class="tick">([\d.-]+)<', by_size(wide, label="", x_label="n", text=str, missing=""))
+    assert (ticks[0], ticks[-1]) == ("0.0", "1.0")  # a score has no place beyond
     crowded = by_size([("a", "", [Point(n, 0.5, None, None, "") for n in (1000, 1001, 5000)])], label="", x_label="n", text=str, missing="")  # fmt: skip
     ticks = re.findall(r'class="tick">([\d,]+)<', crowded)
     assert ticks == ["5,000", "1,001"]  # a number that would stand on another is left out

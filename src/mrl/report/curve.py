@@ -121,6 +121,8 @@ def by_size(
 ) -> str:
     """Scores over the number of training images, with an interval at every point and each line's name at its end.
 
+    Scores are fractions: what a t interval of few folds has outside 0 to 1 is cut off (the table has it).
+
     Args:
         lines: name, arm and points of each; points without a score are left out.
         label: the sentence for readers who cannot see the figure.
@@ -147,7 +149,7 @@ def by_size(
     room = max(0.06 * (max(ys) - min(ys)), 1e-3)
     top, bottom, left = 12.0, height - 40, 52.0
     right = width - 20 - max(text_width(name) for name, _, _ in kept)
-    y_axis = Axis(min(ys) - room, max(ys) + room, bottom, top)
+    y_axis = Axis(max(min(ys) - room, 0.0), min(max(ys) + room, 1.0), bottom, top)  # no score lies beyond
     x_axis = Axis(0, 1.04 * max(sizes), left, right)
     apart = min([x_axis(b) - x_axis(a) for a, b in itertools.pairwise(sizes)] or [right - left])
     step = min(6.0, 0.8 * apart / len(kept))
