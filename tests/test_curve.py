@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mrl.curve import SubsetSpace, curve_spaces, summed
+from mrl.curve import SubsetSpace, curve_spaces, curve_step, summed
 from mrl.data import SplitRow
 from mrl.data.subsets import SHARES, nested_subsets
 from mrl.errors import ConfigError, DataError
@@ -105,6 +105,32 @@ def test_curve_spaces__need_folds(tmp_path):
     run.__dict__["protocol"] = SimpleNamespace(folds={}, budget={})
     with pytest.raises(ConfigError, match="needs folds"):
         curve_spaces(run)
+
+
+def small_run(tmp_path, n):
+    """A run of two folds with `n` images on either training side, nothing fitted."""
+    run = Workspace(tmp_path)
+    rows, units = split(n, rare=0, group=1)
+    rows = [SplitRow(r.image, r.label, r.group, r.sha256, "val" if i % 5 == 4 else "train") for i, r in enumerate(rows)]
+    run.__dict__["protocol"] = SimpleNamespace(folds={"k": 2, "repeats": 1, "n_frozen": 0}, budget={}, seed=0)
+    run.__dict__["units"] = units
+    return run, rows
+
+
+@pytest.mark.parametrize(("n", "left_out"), [(200, []), (20, [0.1, 0.2]), (8, [0.1, 0.2, 0.4])])
+def test_curve_spaces__leave_out_what_is_too_small_to_calibrate(tmp_path, monkeypatch, n, left_out):
+    run, rows = small_run(tmp_path, n)
+    monkeypatch.setattr(FoldSpace, "rows", property(lambda self: rows))
+    spaces = curve_spaces(run)
+    assert [s.share for s in spaces] == [share for share in SHARES if share < 1 and share not in left_out for _ in "ab"]
+    assert all(sum(row.split == "train" for row in space.rows) >= 4 for space in spaces)
+
+
+def test_curve_step__only_shares_that_are_too_small(tmp_path, monkeypatch):
+    run, rows = small_run(tmp_path, 20)
+    monkeypatch.setattr(FoldSpace, "rows", property(lambda self: rows))
+    with pytest.raises(ConfigError, match=r"--shares \[0\.1\]: a part would have fewer than 4 training images"):
+        curve_step(run, shares=(0.1,))
 
 
 def test_summed__is_the_corrected_interval_of_every_size():

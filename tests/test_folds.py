@@ -12,7 +12,9 @@ from PIL import Image
 
 from mrl import folds, results, steps
 from mrl.cli import main
+from mrl.curve import curve_spaces
 from mrl.data import ImageSet
+from mrl.data.subsets import SHARES
 from mrl.errors import ConfigError, DataError
 from mrl.fit_config import FitConfig
 from mrl.fit_loop import Loop
@@ -258,6 +260,34 @@ def test_full__frozen_images_are_tested_once_and_by_the_last_fit_only(full):
     assert (full / "folds/last/arms/mrl/model").is_dir()
     assert not (full / "folds/r0f0/arms/mrl/model").exists()
     assert "Frozen test set" in (full / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_full__learning_curve_tests_the_images_of_the_whole_and_is_reported(full):
+    run, found = Workspace(full), json.loads((full / "curve.json").read_text())
+    spaces = curve_spaces(run)
+    k, arms = run.protocol.folds["k"], run.protocol.arms
+    drawn = [*dict.fromkeys(space.share for space in spaces), 1.0]
+    assert [size["share"] for size in found["sizes"]] == drawn
+    assert sorted([*found["left_out"], *drawn]) == list(SHARES)
+    assert found["left_out"] == [0.1, 0.2]  # of 18 images: fewer than 4 to calibrate with
+    assert Counter(row["share"] for row in found["rows"]) == dict.fromkeys(drawn, k)
+    for space in spaces:
+        rows, whole = rows_of(space.file("predictions.csv")), rows_of(space.whole.file("predictions.csv"))
+        assert [(row["image"], row["arm"]) for row in rows] == [(row["image"], row["arm"]) for row in whole]
+        assert not list(space.out.rglob("model.safetensors"))
+    whole = {row["fold"]: row for row in found["rows"] if row["share"] == 1.0}
+    for row in found["rows"]:
+        assert set(row["arms"]) == set(arms)
+        for arm, one in row["arms"].items():
+            assert one["updates"] == whole[row["fold"]]["arms"][arm]["updates"]
+            assert row["n_train"] <= whole[row["fold"]]["n_train"]
+    scores = {arm: [row["arms"][arm]["score"] for row in whole.values()] for arm in arms}
+    assert found["sizes"][-1]["arms"]["mrl"]["estimate"] == pytest.approx(np.mean(scores["mrl"]))
+    page = (full / "report.html").read_text(encoding="utf-8").split('id="curve"')[1].split("</section>")[0]
+    assert Words("en").points(found["sizes"][0]["differences"]["mrl"]["estimate"]) in page
+    assert Words("en")("curve.scope", folds=str(k)) in page
+    assert json.loads((full / "report.json").read_text())["curve"]["sizes"] == found["sizes"]
 
 
 # No leak

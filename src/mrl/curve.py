@@ -22,6 +22,7 @@ from mrl.run import plain, read_json, refuse_existing, say, write_json
 from mrl.scores import score_all
 from mrl.stats import nadeau_bengio
 from mrl.steps import INNER
+from mrl.swap.calibrate import FEWEST
 from mrl.workspace import FoldSpace, Workspace, spaces_of
 
 CURVE_FILE = "curve.json"
@@ -73,6 +74,8 @@ class SubsetSpace(FoldSpace):
 def curve_spaces(run: Workspace, shares: Sequence[float] = SHARES) -> list[FoldSpace]:
     """What a learning curve has to fit besides the run: the parts of each fold of the first repeat, small ones first.
 
+    A share that leaves some fold too few training images to calibrate with is left out.
+
     Raises:
         ConfigError: a run without folds, or wrong shares.
     """
@@ -81,7 +84,12 @@ def curve_spaces(run: Workspace, shares: Sequence[float] = SHARES) -> list[FoldS
     if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] > 1:
         raise ConfigError(f"--shares {list(shares)}: give rising numbers above 0 and at most 1.")
     first = [space for space in spaces_of(run) if isinstance(space, FoldSpace) and space.repeat == 0 <= space.fold]
-    return [SubsetSpace(space, share) for share in shares if share < 1 for space in first]
+    sizes = [[SubsetSpace(space, share) for space in first] for share in shares if share < 1]
+    return [part for parts in sizes if all(map(_enough, parts)) for part in parts]
+
+
+def _enough(space: FoldSpace) -> bool:
+    return sum(row.split == "train" for row in space.rows) >= FEWEST
 
 
 def fit_point(space: FoldSpace) -> None:
@@ -121,14 +129,21 @@ def curve_step(
         overwrite: replace a curve that is there; fits that are done are not made again.
 
     Returns:
-        The file's content: `sizes`, one a share, with mean scores, differences to the first arm and their intervals, the
+        The file's content: `left_out`, the shares that are too small; `sizes`, one a share, with mean scores, differences to the first arm and their intervals, the
         generalisation gap (training minus inner validation score of the candidate that was kept), and `rows`, one a fold and share.
 
     Raises:
-        ConfigError: a run without folds, folds that are not tested yet, or a curve that is there.
+        ConfigError: a run without folds, folds that are not tested yet, shares too small, or a curve that is there.
     """
     path = refuse_existing(run.file(CURVE_FILE), overwrite)
     points = curve_spaces(run, shares)
+    left_out = sorted({share for share in shares if share < 1} - {space.share for space in points})
+    if left_out == list(shares):
+        raise ConfigError(
+            f"--shares {left_out}: a part would have fewer than {FEWEST} training images; give larger ones."
+        )
+    if left_out:
+        say(f"learning curve without {left_out}: a part would have fewer than {FEWEST} training images.")
     whole = [s for s in spaces_of(run) if isinstance(s, FoldSpace) and s.repeat == 0 <= s.fold]
     shut = [space.out.name for space in whole if not folds.closed(space)]
     if shut:
@@ -150,7 +165,7 @@ def curve_step(
     rows = [point_of(space) for space in points]
     if 1.0 in shares:
         rows += [point_of(space) for space in whole]
-    found = {**run.stamp(), **summed(rows, arms=run.protocol.arms, metric=run.protocol.metric, k=run.protocol.folds["k"], alpha=run.protocol.alpha)}  # fmt: skip
+    found = {**run.stamp(), "left_out": left_out, **summed(rows, arms=run.protocol.arms, metric=run.protocol.metric, k=run.protocol.folds["k"], alpha=run.protocol.alpha)}  # fmt: skip
     write_json(path, found)
     return found
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mrl.errors import ConfigError
-from mrl.report import cost, front, quality, record
+from mrl.report import cost, curve, front, quality, record
 from mrl.report.collect import assemble, collect_report, read_run
-from mrl.report.parts import SECTIONS, Section, View
+from mrl.report.parts import Section, View
 from mrl.report.seen import seen
 from mrl.report.words import LANGUAGES, Words
 from mrl.run import refuse_existing, write_json, writing
@@ -25,6 +25,7 @@ _BUILDERS: dict[str, Callable[[View], Section]] = {
     "split": record.split,
     "scores": quality.scores,
     "curves": quality.learning,
+    "curve": curve.by_images,
     "confusion": quality.confusion,
     "recall": quality.recall,
     "disagree": quality.disagree,
@@ -88,7 +89,7 @@ def report(
 
 def render(view: View) -> str:
     """The page as HTML text."""
-    sections = [_BUILDERS[key](view) for key in SECTIONS]
+    sections = [_BUILDERS[key](view) for key in view.sections]
     context: dict[str, Any] = {"words": view.words, "front": front.front(view), "sections": sections, "style": _style()}
     return _environment().get_template("page.html.j2").render(context)
 

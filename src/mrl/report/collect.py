@@ -14,6 +14,7 @@ from mrl.tuned import tuned_warnings
 
 ARMS = ("baseline", "mrl")
 _LATENCY = ("latency_ms_median", "latency_ms_p95", "latency_ms_p99", "throughput_img_s")
+_CURVE = ("metric", "alpha", "k", "n_folds", "left_out", "scope", "sizes")
 _COST = ("params_m", "gmacs", "peak_memory_mb", "file_mb")
 _FIT = (
     "updates",
@@ -49,6 +50,7 @@ class RunFiles:
     export: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     tune: Mapping[str, Any] | None = None
+    curve: Mapping[str, Any] | None = None
     missing: tuple[str, ...] = ()
     more: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
@@ -114,6 +116,7 @@ def read_run(out: str | Path) -> RunFiles:
         more=more,
         own_calibration=others["calibration"],
         tune=_optional(out / "tune" / "tune.json"),  # no run needs one, so it is never missing
+        curve=_optional(out / "curve.json"),  # nor does any need this
         **others,
     )
 
@@ -197,6 +200,7 @@ def assemble(run: RunFiles) -> dict[str, Any]:
             "more_images": comparison.get("more_images"),
             "disagreement": comparison.get("disagreement"),
             **{key: comparison[key] for key in ("folds", "test", "bayes", "frozen") if comparison.get(key)},
+            **({"curve": {key: run.curve[key] for key in _CURVE if key in run.curve}} if run.curve else {}),
             "calibration": _calibration(run),
             "skipped": list(run.audit.get("skipped") or []),
             "bad_files": list(run.audit.get("bad") or []),
@@ -284,6 +288,7 @@ def other_protocols(run: RunFiles) -> list[str]:
         "calibration.json": run.calibration,
         "export.json": run.export,
         "evaluation.json": run.evaluation,
+        "curve.json": run.curve,
         **{f"arms/{arm}/fit.json": fit for arm, fit in run.fits.items()},
     }
     return [name for name, data in files.items() if data and data.get("protocol_sha256") not in (None, own)]

@@ -14,6 +14,7 @@ SECTIONS = (
     "split",
     "scores",
     "curves",
+    "curve",
     "confusion",
     "recall",
     "disagree",
@@ -47,9 +48,14 @@ class View:
         """The folder inside the run where the arms lie that are measured and exported; "" is the run itself."""
         return self.run.home
 
+    @property
+    def sections(self) -> list[str]:
+        """The sections of this page, in their order: all, but the one on `mrl curve` where it did not run."""
+        return [key for key in SECTIONS if key != "curve" or self.run.curve]
+
     def number(self, section: str) -> int:
         """The number of a section in the page."""
-        return SECTIONS.index(section) + 1
+        return self.sections.index(section) + 1
 
     @property
     def featured(self) -> str:

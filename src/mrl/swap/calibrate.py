@@ -16,6 +16,9 @@ from mrl.swap.calibrator import STAGES, Calibrator
 from mrl.swap.modes import evaluating
 from mrl.swap.resume import Resume, facts_of
 
+FEWEST = 4
+"""Images, below which nothing is calibrated."""
+
 
 def calibrate(
     handle: Handle,
@@ -103,8 +106,8 @@ def _collect(loader: Iterable[Any], max_images: int) -> Tensor:
         count += len(image)
         if count >= max_images:
             break
-    if count < 4:
-        raise ConfigError(f"calibrate: {count} images; give at least 4, better 64 to 2,000.")
+    if count < FEWEST:
+        raise ConfigError(f"calibrate: {count} images; give at least {FEWEST}, better 64 to 2,000.")
     if len({tuple(t.shape[1:]) for t in found}) > 1:
         raise ConfigError("calibrate: the batches have images of several sizes; give one size.")
     return torch.cat(found)[:max_images]
