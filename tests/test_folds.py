@@ -200,14 +200,14 @@ def test_standard__a_changed_manifest_is_refused(standard, tmp_path, capsys):
         Workspace(out).folds  # noqa: B018
 
 
-def opened(data: Path, out: Path, preset: str = "standard") -> Workspace:
+def opened(data: Path, out: Path, preset: str = "standard", **budget) -> Workspace:
     """A run with its protocol and split, and nothing fitted."""
     request = steps.Request(
         model="test_vit",
         data=str(data),
         image_size=32,
         preset=preset,
-        budget=FitConfig(epochs=1, min_updates=4, validations=1),
+        budget=FitConfig(**{"epochs": 1, "min_updates": 4, "validations": 1, **budget}),
         calibration=steps.CalibrateConfig(epochs=0.1, feature_epochs=0.1, min_updates=2),
     )
     return steps.begin(Workspace(out), request)

@@ -45,7 +45,7 @@ def test_tune__two_ray_workers_on_postgresql_finish_when_one_is_killed(tmp_path)
     about = ["--model", "test_vit", "--data", str(data), "--image-size", "32"]
     assert main(["split", "--out", str(out), *about]) == 0
     with cluster() as url:
-        words = [sys.executable, "-m", "mrl", "tune", "--out", str(out), "--space", *ASKED, "--seconds", "0.3"]
+        words = [sys.executable, "-m", "mrl", "tune", "--out", str(out), *ASKED, "--seconds", "0.3"]
         words += ["--storage", url, "--executor", "ray", "--workers", "2"]
         said = (tmp_path / "said").open("w")
         driver = subprocess.Popen(words, stderr=said, stdout=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
