@@ -225,6 +225,7 @@ def quick(data, arms_file, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_quick__every_arm_has_its_own_plan_fit_and_comparison(quick):
     names = ["baseline", "mrl", "region4", "first", "scratch"]
     protocol = load_protocol(quick)
@@ -245,6 +246,7 @@ def test_quick__every_arm_has_its_own_plan_fit_and_comparison(quick):
     assert len({(fit["updates"], fit["seed"], fit["n_train"]) for fit in fits.values()}) == 1
 
 
+@pytest.mark.slow
 def test_quick__comparisons_are_pairs_at_holms_levels(quick):
     found = json.loads((quick / "comparison.json").read_text())
     assert [one["arm"] for one in found["comparisons"]] == ["mrl", "region4", "first", "scratch"]
@@ -266,6 +268,7 @@ def test_quick__comparisons_are_pairs_at_holms_levels(quick):
     assert measured["latency_ratio"] == measured["comparisons"][0]["latency_ratio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lang", ["en", "ja"])
 def test_quick__report_has_every_arm_and_names_the_one_that_goes(quick, tmp_path, lang):
     out = shutil.copytree(quick, tmp_path / "run")
@@ -304,6 +307,7 @@ def test_quick__report_has_every_arm_and_names_the_one_that_goes(quick, tmp_path
     assert "test_resnet" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_quick__a_finished_run_and_another_list_of_arms(quick, data, arms_file, tmp_path, capsys):
     assert tiny(data, quick, arms_file) == 0
     assert "finished already" in capsys.readouterr().err
@@ -373,6 +377,7 @@ def test_folds__every_arm_in_every_fold(tmp_path, arms_file, preset):
     assert kept == {"baseline", "mrl", "region4", "first", "scratch"}
 
 
+@pytest.mark.slow
 def test_workspace__each_arms_images_go_through_its_models_preprocessing(quick):
     space = Workspace(quick)
     own = build_model("test_resnet", None, image_size=32).pretrained_cfg

@@ -195,6 +195,7 @@ def rebuilt(name):
     return make(name)[0]
 
 
+@pytest.mark.slow
 def test_transformers__a_fresh_process_gives_the_same(tmp_path):
     model, images = make("dinov3")
     mrl.swap_(model, mrl.plan(model, region=2))

@@ -83,8 +83,8 @@ def test_write_format__runs_as_the_model(format, precision, tmp_path):
 @pytest.mark.parametrize(
     ("format", "setting"),
     [
-        ("openvino", "faithful"),
         ("torch-export", "cheap"),
+        pytest.param("openvino", "faithful", marks=slow),
         pytest.param("onnx", "paper", marks=slow),
         pytest.param("openvino", "cheap", marks=slow),
         pytest.param("torch-export", "faithful", marks=slow),
