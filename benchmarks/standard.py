@@ -61,7 +61,7 @@ def summary(run: Workspace) -> dict[str, Any]:
     for space in spaces_of(run):
         for arm in protocol.arms:
             record = read_json(space.arm(arm) / "fit.json")
-            seconds[arm].append(record["inner"]["seconds"] + record["seconds"])
+            seconds[arm].append(record["seconds"])
             file = space.arm_file(arm, "calibration.json")
             if file.is_file():
                 calibrations.append(read_json(file)["seconds"])
