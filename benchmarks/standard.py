@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(path, found)
     for arm, told in found["arms"].items():
         score = told[found["protocol"]["metric"]]
-        say(f"{arm}: {100 * score['estimate']:.2f} % ({100 * score['low']:.2f} to {100 * score['high']:.2f})")
+        alike = score["low"] is None  # every fold scored the same: no spread, no interval
+        span = "no interval: all folds alike" if alike else f"{100 * score['low']:.2f} to {100 * score['high']:.2f}"
+        say(f"{arm}: {100 * score['estimate']:.2f} % ({span})")
     say(f"{found['verdict']}; {found['seconds']['total'] / 60:.0f} minutes of fits and calibrations; wrote {path}")
 
 
