@@ -311,6 +311,25 @@ def test_mixer__bf16_autocast_is_near_and_finite():
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
+@pytest.mark.parametrize("size", [(6, 4), (5, 7)])
+def test_region_conv__learns_in_bf16_through_float32(size):
+    conv, x = RegionConv(12, (2, 3)), torch.randn(2, *size, 12, requires_grad=True)
+    exact = conv(x)
+    grads = torch.autograd.grad(exact.square().sum(), (x, conv.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        y_half = conv(x.bfloat16())
+    assert y.dtype == y_half.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=2**-7, atol=1e-6)  # float32, rounded once, ragged regions twice
+    torch.testing.assert_close(y_half.float(), exact, rtol=0.02, atol=0.02)
+    half = torch.autograd.grad(y.float().square().sum(), (x, conv.weight))
+    for ours, true in zip(half, grads, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, true, rtol=0.02, atol=0.02 * float(true.abs().max()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(conv(x), y, rtol=0.02, atol=0.02)  # no backward: the kernel of bfloat16
+
+
 @pytest.mark.parametrize("size", [(4, 4), (5, 7)])
 def test_mixer__bf16_model_runs(size):
     mixer = RegionalLocalMixer(12, 3, 2, dtype=torch.bfloat16, learn_local_gain="scalar")

@@ -224,6 +224,20 @@ def test_calibrate_config__every_field_changes_the_result(swapped, field):
     assert not torch.equal(*found)
 
 
+def test_calibrate__leaves_out_stages_without_updates(swapped):
+    config = CalibrateConfig(epochs=0, feature_epochs=0, min_updates=0, bf16=False)
+    model, handle = swapped()
+    report = mrl.calibrate(handle, [images()], config=config)
+    assert [stage.stage for stage in report.stages] == ["stats", "ridge"]
+    assert report.updates == 0
+    assert (
+        report.stages[-1].stream_after < report.stages[-1].stream_before
+    )  # the pass along the stream ends the last one
+    asked, other = swapped()
+    mrl.calibrate(other, [images()], stages=("stats", "ridge"), config=config)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in asked.state_dict().items())
+
+
 def test_calibrate__layers_over_the_budget_are_restored(swapped):
     _, handle = swapped()
     reference = mrl.calibrate(handle, [images()], config=SHORT).to_dict()

@@ -400,7 +400,9 @@ def test_protocol__of_folds_says_what_was_fixed_and_what_can_be_detected(data, t
     assert run.protocol.calibration["max_images"] == CalibrateConfig().max_images  # flags were given: they stand
     request = steps.Request(model="test_vit", data=str(data), image_size=32, preset="standard")
     made = make_protocol(request, run.audit, make_folds(run.audit))
-    assert made.calibration == {**asdict(CalibrateConfig()), "max_images": FOLD_CALIBRATION}
+    assert made.calibration == asdict(FOLD_CALIBRATION)
+    assert made.calibration["max_images"] == 640
+    assert {FOLD_CALIBRATION.updates(stage, 576) for stage in ("layers", "features")} == {0}
     assert made.mde["n_test"] == 32
     expected = detectable_by_folds(32, 0.1, k=2, repeats=2)
     assert made.mde["by_disagreement"]["0.1"] == pytest.approx(expected)

@@ -95,8 +95,8 @@ def poc(
         tracker: mlflow or tensorboard copies the rows of metrics.jsonl to files in --out; none does not.
         overwrite: throw away the run that is in --out and start anew.
         budget: of the fit, the same for all arms that say nothing else.
-        calibration: of the swapped arms; standard and full calibrate anew in each fold, on at most 640 images of its
-            training side unless a flag here says otherwise.
+        calibration: of the swapped arms; standard and full calibrate anew in each fold, in closed form on at most 640
+            images of its training side, unless a flag here says otherwise.
 
     Raises:
         MrlError: wrong input, in one sentence.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ SETTLED = {
     "region": "--region", "swap": "--swap", "layers": "--layers", "budget": "flags of the fit", "calibration": "--calibration flags",
 }  # fmt: skip
 
-FOLD_CALIBRATION = 640
-"""Images that calibrate a fold's swapped arm where nothing else is asked for.
+FOLD_CALIBRATION = CalibrateConfig(epochs=0.0, feature_epochs=0.0, min_updates=0, max_images=640)
+"""How a fold's swapped arm is calibrated where nothing else is asked for: in closed form, on 640 images.
 
 A swap may be calibrated without labels, but not on an image on which it is tested, and with folds every image is tested.
 So each fold calibrates anew on its own training side: what a calibration happens to give is then part of the differences
-between folds, as it should be. On all images of the side this would cost more than all the training; 640 images and the
-usual epochs cost about a third of that.
+between folds, as it should be. On all images of the side this would cost more than all the training. The closed forms do
+most of it (DINOv2-S on ELPV at 112 px: error of the final features 0.59 to 0.30; the trained stages, twice the time, to 0.22),
+and the fit that follows trains the mixers anyway.
 """
 
 
@@ -142,7 +143,7 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
     budget, calibration, tuned = request.budget, request.calibration, _tuned(request, audit, split)
     if tuned:
         budget = fit_of(tuned)
-        calibration = calibration_of(tuned, FOLD_CALIBRATION if isinstance(split, Folds) else None)
+        calibration = calibration_of(tuned, FOLD_CALIBRATION.max_images if isinstance(split, Folds) else None)
     if isinstance(split, Folds):
         folds = {"k": split.k, "repeats": split.repeats, "n_frozen": split.n_frozen, "test": "corrected_t"}
         n_test = len(split.rows) - split.n_frozen
@@ -150,7 +151,7 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
             str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=alpha) for p in DISAGREEMENT
         }
         if calibration == CalibrateConfig() and not tuned:
-            calibration = replace(calibration, max_images=FOLD_CALIBRATION)
+            calibration = FOLD_CALIBRATION
     else:
         n_test = sum(row.split == "test" for row in split)
         effects = {str(p): _detectable(n_test, p, alpha) for p in DISAGREEMENT}

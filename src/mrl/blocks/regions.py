@@ -258,10 +258,23 @@ class RegionConv(nn.Conv2d):
         _, height, width, _ = x.shape
         rows, cols = self.kernel_size
         padded = pad_to_regions(x, (rows, cols)).permute(0, 3, 1, 2)
-        tokens = super().forward(padded).permute(0, 2, 3, 1)  # (B, Hr, Wr, C)
+        tokens = (self._wide(padded) if self._learns_in_half(x) else super().forward(padded)).permute(0, 2, 3, 1)
         if height % rows == 0 and width % cols == 0:
             return tokens
         return (tokens * ragged_factor(height, width, (rows, cols), x)).to(tokens.dtype)
+
+    def _learns_in_half(self, x: Tensor) -> bool:
+        """Whether this pass has a backward in half precision on a processor: there torch's is 10 to 20 times float32's."""
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or not (x.requires_grad or self.weight.requires_grad):
+            return False
+        half = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+        return half or x.dtype in (torch.bfloat16, torch.float16)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """The convolution in float32, its result in the format that it would have had."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), self.weight.float(), stride=self.stride, groups=self.groups).to(dtype)
 
 
 class RegionNorm(nn.BatchNorm2d):

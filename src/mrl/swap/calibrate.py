@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrl.errors import ConfigError
 from mrl.swap.apply import Handle
-from mrl.swap.calibration import CalibrateConfig, CalibrationReport, StageReport
+from mrl.swap.calibration import TRAINED, CalibrateConfig, CalibrationReport, StageReport
 from mrl.swap.calibrator import STAGES, Calibrator
 from mrl.swap.modes import evaluating
 from mrl.swap.resume import Resume, facts_of
@@ -75,6 +75,7 @@ def calibrate(
     images = _collect(loader, config.max_images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
     n_held = min(max(2, round(len(images) * config.held_out)), 256)
+    stages = [s for s in stages if s not in TRAINED or config.updates(s, len(images) - n_held)]
     held, train = images[order[:n_held]], images[order[n_held:]]
     device = next(handle.model.parameters()).device
     resume = Resume(checkpoint, facts_of(handle.names, stages, config, images) if checkpoint is not None else {})

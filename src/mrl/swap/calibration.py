@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+TRAINED = ("layers", "features")
+"""Stages that train, step by step."""
+
 
 @dataclass(frozen=True)
 class CalibrateConfig:
     """How a swapped model is calibrated.
 
     Args:
-        epochs: passes of the stage `layers` over the images.
+        epochs: passes of the stage `layers` over the images; a stage of no updates (this and `min_updates` 0) is left out.
         feature_epochs: passes of the stage `features`.
         min_updates: updates of either stage however few images there are.
         batch_size: images an update.
@@ -42,6 +45,18 @@ class CalibrateConfig:
     augment: bool = False
     bf16: bool | None = None
     seed: int = 0
+
+    def updates(self, stage: str, images: int) -> int:
+        """Optimizer steps of a stage on so many training images; the closed forms, "stats" and "ridge", take none.
+
+        Example:
+            >>> CalibrateConfig(epochs=2).updates("layers", 400), CalibrateConfig().updates("ridge", 400)
+            (100, 0)
+        """
+        if stage not in TRAINED:
+            return 0
+        epochs = self.epochs if stage == "layers" else self.feature_epochs
+        return max(self.min_updates, round(epochs * max(1, images // self.batch_size)))
 
 
 @dataclass

@@ -225,21 +225,18 @@ class Calibrator:
 
     def _layers(self) -> int:
         """AdamW on every mixer at once; the layers do not see each other."""
-        return self._train(
-            "layers", self.config.epochs, lambda images, update: self._match_layers(images, own=update % 2 == 1)
-        )
+        return self._train("layers", lambda images, update: self._match_layers(images, own=update % 2 == 1))
 
     def _features(self) -> int:
         """AdamW on all mixers through the whole network."""
         self.whitening = self.teacher.whitening(self.train)
         if self.config.scope == "blocks":
             self.handle.keep_blocks()
-        return self._train("features", self.config.feature_epochs, lambda images, update: self._match_features(images))
+        return self._train("features", lambda images, update: self._match_features(images))
 
-    def _train(self, stage: str, epochs: float, step: Callable[[Tensor, int], float]) -> int:
+    def _train(self, stage: str, step: Callable[[Tensor, int], float]) -> int:
         config, n = self.config, len(self.train)
-        per_epoch = max(1, n // config.batch_size)
-        updates = max(config.min_updates, round(epochs * per_epoch))
+        updates = config.updates(stage, n)
         optimizer, flags = self._optimizer(stage)
         load_optimizer(optimizer, self.optimizer_state)
         warm = max(1, round(0.1 * updates))
