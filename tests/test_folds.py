@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -425,5 +426,31 @@ def test_benchmark__sums_a_standard_run(standard, tmp_path, monkeypatch):
         assert found["arms"][arm][found["protocol"]["metric"]]["estimate"] == pytest.approx(
             np.mean(found["arms"][arm]["folds"])
         )
-    assert len(found["seconds"]["calibrations"]) == 4
-    assert found["seconds"]["total"] > sum(found["seconds"]["fits"]["mrl"]) > 0
+    seconds = found["seconds"]
+    assert len(seconds["calibrations"]) == 4
+    assert all(each > 0 for arm in ("baseline", "mrl") for each in seconds["fits"][arm])
+    assert (asked["workers"], seconds["workers"]) == (2, 2)
+
+
+def test_benchmark__counts_the_calls_that_were_cut_off(tmp_path, monkeypatch):
+    import standard as benchmark
+
+    out = tmp_path / "runs" / "a"
+
+    def cut(out: str, **asked: object) -> None:
+        Path(out).mkdir(parents=True)
+        (Path(out) / "plan.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "poc", cut)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.timed(out)
+    record = out.with_name("a.calls.json")
+    (call,) = json.loads(record.read_text())
+    assert call["seconds"] is None
+    os.utime(out / "plan.json", (call["started"] + 100, call["started"] + 100))
+    monkeypatch.setattr(benchmark, "poc", lambda **asked: None)
+    assert 100 <= benchmark.timed(out) < 110
+    assert 100 <= benchmark.timed(out) < 110  # and once more: what was counted stays
+    shutil.rmtree(out)
+    assert benchmark.timed(out) < 10  # a new folder: a new count
