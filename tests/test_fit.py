@@ -350,18 +350,43 @@ def test_fit__too_many_frozen_blocks(sides, tmp_path):
         run(sides, tmp_path, dataclasses.replace(SMALL, freeze=99))
 
 
-def test_fit__batch_norm(sides, tmp_path):
-    """Frozen statistics stay; the others are followed, averaged, and kept with the best weights."""
+@pytest.mark.parametrize(
+    ("told", "moves"), [({}, False), ({"batch_norm": "train"}, True), ({"start": "scratch"}, True)]
+)
+def test_fit__batch_norm(sides, tmp_path, monkeypatch, told, moves):
+    """Held and frozen statistics stay, the others are followed; gain and bias train in any case."""
+    rising = iter(range(99))  # so the last candidate is the best
+    monkeypatch.setattr(Classification, "score", lambda self, *_: (float(next(rising)), 0.5))
     model = make_model("test_mrl")
-    config = dataclasses.replace(SMALL, freeze=1, epochs=1, min_updates=4)
+    config = dataclasses.replace(SMALL, freeze=1, epochs=1, min_updates=4, **told)
     run(sides, tmp_path, config, model=model)
     start, best = load_file(tmp_path / "start.safetensors"), load_file(tmp_path / "best.safetensors")
     frozen = {name for name, _ in model.layer_groups()[1]}
     means = [k for k in start if k.endswith("running_mean")]
-    assert means
     inside = {k for k in means if k.replace("running_mean", "weight") in frozen}
     assert inside
     assert all(torch.equal(start[k], best[k]) for k in inside)
+    outside = [k for k in means if k not in inside]
+    assert outside
+    assert all(torch.equal(start[k], best[k]) is not moves for k in outside)
+    assert all(not torch.equal(start[k], best[k]) for k in (m.replace("running_mean", "weight") for m in outside))
+
+
+def test_fit__starts_to_train_at_the_loss_of_the_trained_network(sides, tmp_path):
+    """With the statistics of a batch in place of its own, a network with batch norms begins somewhere else."""
+    config = dataclasses.replace(SMALL, epochs=1, min_updates=1, batch_size=26, augment="none", class_balance=False)
+    losses = {}
+    for norms in ("auto", "train"):
+        told = dataclasses.replace(config, batch_norm=norms)
+        model = make_model("test_mrl", drop_path_rate=0.0)
+        for name, statistics in model.named_buffers():
+            if name.endswith("running_var"):  # those of other images than these
+                statistics.fill_(0.01)
+        fit(model, sides[0], sides[0], told, tmp_path / norms)
+        lines = numbers(tmp_path / norms)[0]
+        losses[norms] = [next(x for x in lines if key in x)[key] for key in ("val_loss", "loss")]
+    assert losses["auto"][1] == pytest.approx(losses["auto"][0], abs=1e-5)
+    assert abs(losses["train"][1] - losses["train"][0]) > 50e-5
 
 
 def test_fit__average_is_what_is_validated(sides, tmp_path, monkeypatch):
@@ -405,6 +430,7 @@ OTHER = {
     "cutmix": 1.0,
     "warmup_lr": 0.5,
     "cooldown": 0.5,
+    "batch_norm": "train",
 }
 
 
@@ -420,6 +446,10 @@ def test_fit__every_field_changes_something(sides, undisturbed, tmp_path, name):
         config = dataclasses.replace(config, warmup=0.5)
         fit(make_model(drop_path_rate=0.2), *sides, dataclasses.replace(config, warmup_lr=0.0), tmp_path / "from_0")
         undisturbed = tmp_path / "from_0"
+    if name == "batch_norm":  # of a network that has any
+        model = make_model("test_mrl")
+        run(sides, tmp_path / "held", model=make_model("test_mrl"))
+        undisturbed = tmp_path / "held"
     if name == "patience":  # a validation side that the start already fits cannot be gained on
         config = dataclasses.replace(config, epochs=20, min_updates=1, validations=1)
         assert fit(model, *sides, config, tmp_path).updates < 80
@@ -451,6 +481,7 @@ WRONG = {
     "cutmix": -1.0,
     "warmup_lr": 1.5,
     "cooldown": 0.9,
+    "batch_norm": "frozen",
 }
 
 

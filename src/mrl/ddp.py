@@ -50,19 +50,22 @@ def running_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
                 yield parent, name, child
 
 
-def spread(model: nn.Module, device: torch.device, who: str) -> tuple[nn.Module, Callable[[], None]]:
+def spread(
+    model: nn.Module, device: torch.device, who: str, *, hold: bool = False
+) -> tuple[nn.Module, Callable[[], None]]:
     """The network whose gradients are those of all processes, and a function that leaves the model as it was.
 
-    Alone that is the model itself. On GPUs batch norms that are not frozen count the images of all processes
+    Alone that is the model itself. On GPUs batch norms that are neither frozen nor held count the images of all processes
     (SyncBatchNorm) until the function is called.
 
     Args:
         model: on the device, with what is trained marked; every process begins with the first one's tensors.
         device: of this process.
         who: for the message.
+        hold: batch norms keep their running statistics (`train_mode_`).
 
     Raises:
-        ConfigError: batch norms that are not frozen, on processors.
+        ConfigError: batch norms that are neither frozen nor held, on processors.
 
     Example:
         >>> net = nn.Linear(1, 1)
@@ -71,11 +74,12 @@ def spread(model: nn.Module, device: torch.device, who: str) -> tuple[nn.Module,
     """
     if world() == 1:
         return model, lambda: None
-    norms = list(running_norms(model))
+    norms = [] if hold else list(running_norms(model))
     if norms and device.type == "cpu":
         raise ConfigError(
             f"{who}: {len(norms)} BatchNorm layers take their statistics from each batch, and only GPUs can join those of "
-            f"{world()} processes (SyncBatchNorm); freeze these blocks (--freeze), or use one process."
+            f"{world()} processes (SyncBatchNorm); hold them (--batch-norm hold), "
+            "freeze these blocks (--freeze), or use one process."
         )
     if norms:
         from timm.layers import convert_sync_batchnorm

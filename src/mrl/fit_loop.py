@@ -96,7 +96,7 @@ class Loop:
         self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, cooldown=config.cooldown, **rates)
         self.mixes = bool(config.mixup or config.cutmix)
         check_batch(self.arm, len(train) // self.per_epoch, self.world, pairs=self.mixes)
-        self.network, self.undo = spread(model, self.device, self.arm)
+        self.network, self.undo = spread(model, self.device, self.arm, hold=config.holds_norms)
         self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
         self.update, self.seconds, self.since = 0, 0.0, time.monotonic()
         self.candidates: list[dict[str, Any]] = []
@@ -220,7 +220,7 @@ class Loop:
         if self.mixes:
             batch = self._mixed(batch)
         batch = {k: v.to(self.device) for k, v in batch.items()}
-        train_mode_(self.network)
+        train_mode_(self.network, hold=self.config.holds_norms)
         with self.accelerator.autocast():
             logits = self.network(batch["image"])
         share_of_loss = self.task.loss(logits, batch, total(self.task.weights(batch).sum()))

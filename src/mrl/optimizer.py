@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mrl.errors import ConfigError
 from mrl.precision import has_bf16
@@ -46,18 +47,25 @@ def freeze_(model: nn.Module, layers: Sequence[Sequence[str]], blocks: int | Non
     return count
 
 
-def train_mode_(model: nn.Module) -> nn.Module:
+def train_mode_(model: nn.Module, *, hold: bool = False) -> nn.Module:
     """`model.train()`, but what is frozen as a whole stays in eval mode, its batch norms and drop paths too.
+
+    Args:
+        model: changed in place.
+        hold: every batch norm stays in eval mode and keeps its running statistics, while gain and bias may train.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(1).requires_grad_(False), nn.BatchNorm1d(1))
         >>> [m.training for m in train_mode_(net)]
         [False, True]
+        >>> [m.training for m in train_mode_(net, hold=True)]
+        [False, False]
     """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
+        frozen = parameters and not any(p.requires_grad for p in parameters)
+        if frozen or (hold and isinstance(module, _BatchNorm)):
             module.eval()
     return model
 
