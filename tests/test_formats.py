@@ -1,6 +1,7 @@
 """Every format and precision: what is written runs, equals its model as far as it says, or is refused with the reason."""
 
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -228,14 +229,75 @@ def test_check_proof__a_name_in_capitals_hides_no_weights(tmp_path):
         check_proof(loud)
 
 
-def test_open_runtime__pickles_are_refused(tmp_path):
-    path, _ = exported(tmp_path, "torch-export")
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("BOMB",)
+
+
+def swapped_texts(old, new):
+    return lambda files: {name: data.replace(old, new) for name, data in files.items()}
+
+
+def and_also(entry, data):
+    return lambda files: {**files, f"{next(iter(files)).partition('/')[0]}/{entry}": data}
+
+
+def constant_of(kind):
+    """A constant that torch would unpickle, whatever its table says."""
+
+    def change(files):
+        root = next(iter(files)).partition("/")[0]
+        table = {"config": {"c": {"path_name": kind, "is_param": False, "use_pickle": False, "tensor_meta": None}}}
+        files[f"{root}/data/constants/model_constants_config.json"] = json.dumps(table).encode()
+        return and_also(f"data/constants/{kind}", pickle.dumps(Bomb()))(files)
+
+    return change
+
+
+HOSTILE = {
+    "says so": (swapped_texts(b'"use_pickle": false', b'"use_pickle": true'), "pickled tensors"),
+    "in other letters": (swapped_texts(b'"use_pickle": false', b'"use_pickl\\u0065":  true'), "pickled tensors"),
+    "sample inputs": (and_also("data/sample_inputs/model.pt", pickle.dumps(Bomb())), "pickled sample inputs"),
+    "legacy weights": (and_also("data/weights/model.pt", pickle.dumps(Bomb())), "an entry 'data/weights/model.pt'"),
+    "legacy constants": (and_also("data/constants/model.pt", pickle.dumps(Bomb())), "an entry"),
+    "opaque object": (constant_of("opaque_obj_0"), "an entry|pickled tensors"),
+    "custom object": (constant_of("custom_obj_0"), "an entry|pickled tensors"),
+    "library": (and_also("data/aotinductor/model/a.so", b"code"), "an entry 'data/aotinductor/model/a.so'"),
+    "operator": (
+        swapped_texts(b'"torch.ops.aten.linear.default"', b'"torch.hub.load"'),
+        "an operator 'torch.hub.load'",
+    ),
+    "expression": (swapped_texts(b"Symbol(", b"__import__('os').system("), "an expression"),
+    "another root": (lambda files: {**files, "b/models/model.json": b"{}"}, "more than one model"),
+    "no graph": (lambda files: {n: d for n, d in files.items() if not n.endswith("models/model.json")}, "damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path, _ = exported(tmp_path_factory.mktemp("archive"), "torch-export")
+    return path
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_open_runtime__an_archive_that_can_run_code_is_refused(archive, tmp_path, case, capfd):
+    change, reason = HOSTILE[case]
+    with zipfile.ZipFile(archive) as whole:
+        files = {name: whole.read(name) for name in whole.namelist()}
+    changed = change(dict(files))
+    assert changed != files
     bad = tmp_path / "bad.pt2"
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(bad, "w") as out:
-        for name in archive.namelist():
-            out.writestr(name, archive.read(name).replace(b'"use_pickle": false', b'"use_pickle": true'))
-    with pytest.raises(ConfigError, match="pickled"):
+    with zipfile.ZipFile(bad, "w") as out:
+        for name, data in changed.items():
+            out.writestr(name, data)
+    with pytest.raises(ConfigError, match=reason):
         open_runtime(bad)
+    assert "BOMB" not in capfd.readouterr().out
+
+
+def test_open_runtime__not_an_archive(tmp_path):
     (tmp_path / "none.pt2").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match=r"not a torch\.export archive"):
         open_runtime(tmp_path / "none.pt2")

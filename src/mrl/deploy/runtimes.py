@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mrl.deploy.archive import check_archive
 from mrl.deploy.onnx import PREFIX, one_line, open_session
 from mrl.errors import ConfigError, MissingExtra
 
@@ -170,7 +170,7 @@ def _of_one(model: Any) -> Any:
 
 
 def _torch_export(path: Path, threads: int | None) -> Runtime:
-    _refuse_pickles(path)
+    check_archive(path)
     extra = {NOTES: ""}
     try:
         program = torch.export.load(path, extra_files=extra)
@@ -184,18 +184,6 @@ def _torch_export(path: Path, threads: int | None) -> Runtime:
         return module(torch.from_numpy(images)).numpy()
 
     return Runtime("torch-export", run, metadata if isinstance(metadata, dict) else {})
-
-
-def _refuse_pickles(path: Path) -> None:
-    """Raises ConfigError for an archive whose tensors would be unpickled, which can run any code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            tables = [n for n in archive.namelist() if n.endswith(("_weights_config.json", "_constants_config.json"))]
-            texts = [archive.read(name).decode("utf-8", "replace") for name in tables]
-    except zipfile.BadZipFile as error:
-        raise ConfigError(f"{path.name} is not a torch.export archive, or is damaged.") from error
-    if not tables or any('"use_pickle": true' in text.replace('":true', '": true') for text in texts):
-        raise ConfigError(f"{path.name} has pickled tensors, which can run any code; export it with `mrl export`.")
 
 
 def _json(text: str) -> Any:
