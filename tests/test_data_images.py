@@ -244,6 +244,24 @@ def test_read_image__text_named_png_and_an_empty_file(tmp_path):
             read_image(missing)
 
 
+def test_read_image__postscript_is_not_opened(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for it."""
+    Image.init()
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("was started"))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=r"a.png: is not an image"):
+        read_image(tmp_path / "a.png")
+
+
+def test_read_image__counts_no_pages(tmp_path, monkeypatch):
+    """Pillow takes minutes for 100,000 of them."""
+    pages = [Image.fromarray(np.full((4, 4), n, np.uint8)) for n in range(3)]
+    path = save(tmp_path / "a.tif", pages[0], save_all=True, append_images=pages[1:])
+    assert decode(path.read_bytes()).frames == 3
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.n_frames", property(lambda _: pytest.fail("was counted")))
+    assert float(read_image(path).max()) == 0
+
+
 @pytest.mark.parametrize("side", [12, 20])
 def test_read_image__too_many_pixels(tmp_path, monkeypatch, side):
     path = save(tmp_path / "a.png", Image.new("L", (side, side)))

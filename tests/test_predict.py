@@ -260,6 +260,29 @@ def test_predict__explain_draws_where_the_answer_is(exported, folder, tmp_path):
     assert len(list((tmp_path / "x_maps").rglob("*.png"))) == len(GOOD)
 
 
+def test_predict__explain_of_long_names_and_of_a_pattern_that_matches_the_maps(exported, folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("字" * 80, "字" * 79 + "b", "short"):
+        (images / f"{name}.png").write_bytes((folder / "1.png").read_bytes())
+    for _ in range(2):
+        told = predict(exported, str(tmp_path / "**" / "*.png"), tmp_path / "a.csv", explain=True, overwrite=True)
+        assert told["n_images"] == 3
+    maps = {row["map"] for row in rows_of(tmp_path / "a.csv")}
+    assert len(maps) == 3
+    assert all((tmp_path / name).is_file() for name in maps)
+
+
+def test_predict__a_map_that_cannot_be_drawn_stops_nothing(exported, folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mrl.predict.write_map", full)
+    told = predict(exported, folder / "1.png", tmp_path / "a.csv", explain=True)
+    assert (told["n_images"], told["n_errors"]) == (1, 0)
+    assert "has an answer, but no map" in capsys.readouterr().err
+
+
 def test_region_map__finds_the_one_region_that_matters(exported):
     """A model that looks at one corner only: no other region changes its answer."""
 

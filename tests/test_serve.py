@@ -124,7 +124,7 @@ def test_serve__open_inference_protocol(client, model):
     assert np.allclose(outputs["probabilities"]["data"], flat, atol=1e-6)
     status, about = client("GET", "/v2/models/mrl")
     assert (about["classes"], about["platform"], about["proved"]) == (list(model.classes), "mrl_onnx", True)
-    for path in ("/v2/health/live", "/v2/health/ready", "/v2"):
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2", "/v2/models/mrl/ready"):
         assert client("GET", path)[0] == 200
 
 
@@ -143,6 +143,17 @@ def test_serve__open_inference_protocol(client, model):
         ("POST", "/v2/models/mrl/infer", b'{"inputs": []}', 400, "is not what is expected"),
         ("POST", "/v2/models/mrl/infer", infer_body(photo(1), datatype="FP32"), 400, "is not what is expected"),
         ("POST", "/v2/models/mrl/infer", infer_body(photo(1), data=["%%"]), 400, "is not what is expected"),
+        ("POST", "/v2/models/mrl/infer", infer_body(photo(1), shape=[5]), 400, "is not what is expected"),
+        ("POST", "/v2/models/mrl/infer", infer_body(photo(1), shape="x"), 400, "is not what is expected"),
+        (
+            "POST",
+            "/v2/models/mrl/infer",
+            infer_body(photo(1)).replace('"7"', '"\\ud800"'),
+            400,
+            "is not what is expected",
+        ),
+        ("POST", "/predict", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 422, "is not an image"),
+        ("GET", "/v2/models/other/ready", None, 404, "one model"),
         ("POST", "/v2/models/mrl/infer", infer_body(), 400, "send 1 to 4"),
         ("POST", "/v2/models/mrl/infer", infer_body(*[b"x"] * 5), 413, "send 1 to 4"),
         ("POST", "/v2/models/mrl/infer", infer_body(photo(1), b"no image"), 422, "image 1: "),

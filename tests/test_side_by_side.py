@@ -91,6 +91,18 @@ def test_measure__what_cannot_be_measured_is_said(tmp_path):
     ]
 
 
+def test_measure__a_file_of_another_size_costs_no_other_row(tmp_path):
+    model = timm.create_model("test_vit", img_size=48, num_classes=2).eval()
+    told = {"preprocess": Preprocess((48, 48)), "classes": ["a", "b"], "images": photos()}
+    export_model(model, tmp_path / "proved.onnx", **told)
+    files = {"proved": tmp_path / "proved.onnx", "bare": to_onnx(model, tmp_path / "bare.onnx", 48)}
+    found = measure_side_by_side(files, images=photos(), backends=["onnxruntime"], sizes=[48, 64], **QUICK)
+    assert [(row["image_size"], sorted(row["models"])) for row in found["rows"]] == [([48, 48], ["bare", "proved"])]
+    reasons = {m["model"]: m["reason"] for m in found["not_measured"]}
+    assert reasons["proved"] == "this file takes 48 x 48 pixels, not 64 x 64"
+    assert "invalid dimensions" in reasons["bare"]
+
+
 @pytest.mark.slow
 def test_measure__compiled():
     found = measure_side_by_side({"net": Slow(2)}, images=photos(), backends=["compile"], sizes=[48], **QUICK)

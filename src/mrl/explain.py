@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mrl.predictor import Predictor
 
 MAP_SUFFIX = "_maps"
 COARSEST, FINEST = 4, 16  # regions along a side
+LONGEST = 200  # bytes of a map's name without its suffix; systems allow 255, and a file in the making needs some
 PASS = 32  # covered pictures computed at once
 WARM, COLD = np.array([214.0, 69.0, 37.0]), np.array([37.0, 99.0, 214.0])  # holds the answer up, holds it down
 
@@ -116,6 +118,14 @@ def write_map(model: Predictor, path: Path, folder: Path, name: str) -> Path:
 
 
 def _safe(name: str) -> str:
-    """A relative path inside the folder, whatever the image's own path is; another one for another path."""
-    parts = ("__" if part == ".." else part for part in Path(name).parts if part not in ("/", "\\", "."))
+    """A relative path inside the folder, whatever the image's own path is; another one for another path.
+
+    Example:
+        >>> _safe("../a/b.png"), len(_safe("字" * 80).encode())
+        ('__/a/b.png', 200)
+    """
+    parts = ["__" if part == ".." else part for part in Path(name).parts if part not in ("/", "\\", ".")]
+    if parts and len(parts[-1].encode(errors="replace")) > LONGEST:  # the map's name is longer than the image's own
+        digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:19]
+        parts[-1] = parts[-1].encode(errors="replace")[: LONGEST - 20].decode(errors="ignore") + "-" + digest
     return "/".join(parts).replace(":", "_") or "image"

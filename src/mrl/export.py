@@ -110,6 +110,7 @@ def export_model(
     if kind is None:
         raise ConfigError(f"{path}: the name of an export ends in {', '.join(SUFFIXES)}.")
     check_choice(kind, lossy.precision)
+    _refuse_other_proof(path)
     settings = preprocess if isinstance(preprocess, Mapping) else preprocess.to_dict()
     if not len(images):
         raise ConfigError("export_model: no images; equality is proved on real test images, give at least one.")
@@ -149,6 +150,17 @@ def export_model(
         "parity": parity,
         "environment": environment,
     }
+
+
+def _refuse_other_proof(path: Path) -> None:
+    """Raises ConfigError where the proof would take the place of another file's: `a.onnx` and `a.xml` have one name for it."""
+    proof = parity_path(path)
+    try:
+        other = run.read_json(proof).get("file", path.name) if proof.is_file() else path.name
+    except (ValueError, AttributeError):
+        return  # damaged, so the proof of nothing
+    if other != path.name and path.with_name(other).is_file():
+        raise ConfigError(f"{proof}: is the proof of {other}, which would be lost; give {path.name} another name.")
 
 
 def _notes(environment: Mapping[str, Any], libraries: Sequence[str]) -> dict[str, Any]:

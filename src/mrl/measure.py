@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mrl import run
 from mrl.deploy.onnx import open_session, plain_float, to_onnx
-from mrl.deploy.parity import take_images
+from mrl.deploy.parity import is_flat, take_images
 from mrl.errors import ConfigError, MrlError
 from mrl.macs import Cost, count, image_pair, twin
 from mrl.memory import memory_left_mb, needed_mb, peak_memory_mb
@@ -175,7 +175,7 @@ def _pool(images: Any) -> Tensor:
     if not len(images):
         raise ConfigError("measure: no images; latency is measured on real images, give at least one.")
     pool = take_images(images, [int(i) for i in np.unique(np.linspace(0, len(images) - 1, POOL).astype(int))])
-    if bool((pool.flatten(1).amax(1) == pool.flatten(1).amin(1)).all()):
+    if is_flat(pool):
         raise ConfigError("measure: every image is one flat colour; latency is measured on real images.")
     return pool
 

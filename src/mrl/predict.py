@@ -36,7 +36,7 @@ def predict(
 ) -> dict[str, Any]:
     """Predicts images with an exported file and writes one row an image: image, prediction, p_<class>..., error.
 
-    Rows are in the order of the images (a folder's sorted by name). An image that cannot be read has its reason under `error`
+    Rows are sorted by name within each source that is given; standard input keeps its order. An image that cannot be read has its reason under `error`
     and no answer; none is left out. What is done lies in `<out>.part` until the table is whole: the same call goes on from there
     after a kill, and gives the same table. Memory does not grow with the number of images, but for their names.
 
@@ -65,7 +65,8 @@ def predict(
     model = Predictor(model_file, unproved=unproved, threads=threads)
     given = [str(images)] if isinstance(images, (str, Path)) else [str(each) for each in images]
     live = STDIN in given
-    found, total, others = _found(given)
+    maps = _maps_folder(out, given) if explain else None
+    found, total, others = _found(given, maps)
     job = {
         "schema": 1,
         "model": {part.name: run.sha256_file(part) for part in files_of(model_file)},
@@ -75,7 +76,6 @@ def predict(
     }
     columns = ["image", "prediction", *(f"p_{name}" for name in model.classes), *(["map"] if explain else []), "error"]
     tally = _Tally(model.classes)
-    maps = _maps_folder(out, given) if explain else None
     with Journal(out, job, overwrite=overwrite) as journal, run.progress("predict", total) as advance:
         done = journal.keep(batch_size)
         for row, item in itertools.zip_longest(journal.rows(), itertools.islice(found, done)):
@@ -142,7 +142,7 @@ def _rows(
         if maps is not None and not answer.error:
             try:
                 row["map"] = write_map(model, path, maps, name).relative_to(maps.parent).as_posix()
-            except DataError as error:  # it was there for the answer, and is gone
+            except (DataError, OSError) as error:  # it is gone since the answer, or there is no room for its map
                 run.say(f"{name}: has an answer, but no map: {error}")
         yield {**row, "error": _text(answer.error)}
 
@@ -179,8 +179,8 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _found(given: Sequence[str]) -> tuple[Iterator[tuple[str, Path]], int | None, int]:
-    """The images of all that was given, how many they are (None: not known yet), and the files that are none."""
+def _found(given: Sequence[str], maps: Path | None) -> tuple[Iterator[tuple[str, Path]], int | None, int]:
+    """The images of all that was given but maps, how many they are (None: not known yet), and the files that are none."""
     if given == [STDIN]:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
@@ -191,6 +191,8 @@ def _found(given: Sequence[str]) -> tuple[Iterator[tuple[str, Path]], int | None
     found, others = [], 0
     for each in given:
         part, rest = find_images(each)
+        if maps is not None:  # a pattern may match those of an earlier call
+            part = [(name, path) for name, path in part if not path.absolute().is_relative_to(maps.absolute())]
         found, others = found + part, others + rest
     if len(given) > 1:  # the same name in two folders
         times = Counter(name for name, _ in found)

@@ -148,7 +148,7 @@ class Predictor:
         if isinstance(image, (str, Path)):
             return read_image(image, bit_depth=depth)
         if isinstance(image, (bytes, bytearray, memoryview)):
-            return decode(bytes(image), bit_depth=depth).tensor()
+            return decode(bytes(image), bit_depth=depth, count=False).tensor()
         array = np.asarray(image)
         grey, colour = array.ndim == 2, array.ndim == 3 and array.shape[-1] == 3
         if not (grey or colour) or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape:

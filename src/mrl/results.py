@@ -115,8 +115,9 @@ def export_step(
 ) -> dict[str, Any]:
     """Exports the arm that was decided for, or `arm`, proved equal on real test images; writes the file and `export.json`.
 
-    Below float32 the proof takes every image that neither set a weight nor a range: the validation and the test side
-    (int8, whose accuracy control saw the validation side: the test side alone).
+    Below float32 the proof takes every image that neither set a weight nor a range: the validation and the test side. Where the
+    arm was fitted once more on all of the training side (folds), or for int8, whose accuracy control saw the validation side,
+    that is the test side alone.
     """
     check_choice(format, precision)
     path = refuse_existing(space.file(file_name(format, precision)), overwrite)
@@ -125,11 +126,11 @@ def export_step(
         arm = decided.get("arm", MRL) if decided["decision"] == "go" else BASELINE
     protocol, chosen = space.protocol, space.arms[check_arm(arm, space.protocol.arms)]
     test = space.image_set("test", arm=arm)
-    files = [space.audit.files[sample.image] for sample in test.samples]
-    images: Any = [test[i]["image"] for i in _varied([(file.size, file.mode) for file in files], PARITY_IMAGES)]
+    images: Any = _of_every_kind(space, arm) if precision == "fp32" else test
     lossy = Lossy(precision, max_drop)
     if precision != "fp32":
-        judges = test if precision == "int8" else space.image_set("val", "test", arm=arm)
+        refitted = bool(protocol.folds)
+        judges = test if refitted or precision == "int8" else space.image_set("val", "test", arm=arm)
         images, more = judges, {}
         if precision == "int8":
             train, val = space.image_set("train", arm=arm), space.image_set("val", arm=arm)
@@ -139,8 +140,8 @@ def export_step(
         "arm": arm,
         "protocol_sha256": protocol.sha256(),
         "seed": protocol.seed,
-        "model": chosen.model,
-        "weights": chosen.weights,
+        "model": _without_folder(chosen.model),
+        "weights": _without_folder(chosen.weights),
         "data_terms": space.source.terms,
     }
     found = export_model(
@@ -172,19 +173,20 @@ def export_saved(
     """Exports a folder of `mrl.save` beside its weights, proved on labelled images of `data`.
 
     The folder's own preprocessing and classes are used where a fit wrote them; else the model's own mean, standard deviation and
-    interpolation, and the classes of `data`. For int8 every fourth image judges, and the others set the ranges.
+    interpolation, and the classes of `data`. For int8 every fourth image judges, and the others set the ranges. Below float32 the
+    images of `data` have to be ones that the model was not trained on: it is nearly sure of those, and the drop looks too small.
 
     Args:
         folder: of `mrl.save`.
         data: folder of class folders, CSV, or elpv.
-        image_size: pixels; None is the model's own.
+        image_size: pixels, of a model that does not say its own; None is the model's own.
         format: "onnx", "openvino" or "torch-export".
         precision: "fp32", "fp16", "bf16" or "int8".
         max_drop: of the accuracy, as a share.
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: no image size to be found, or a file that is there.
+        ConfigError: no image size to be found, another one than the model was fitted at, or a file that is there.
         DataError: labels that are not the model's classes.
         ParityError: not equal, or a drop that may be larger than `max_drop`.
     """
@@ -194,6 +196,9 @@ def export_saved(
     meta = model.mrl_meta
     if meta.get("preprocess"):
         preprocess, classes = Preprocess.from_dict(meta["preprocess"]), tuple(meta["classes"])
+        if image_size is not None and preprocess.image_size != (image_size, image_size):
+            fixed = " x ".join(map(str, preprocess.image_size))
+            raise ConfigError(f"--image-size {image_size}: {folder} was fitted at {fixed} pixels; leave the flag out.")
     else:
         own = getattr(getattr(getattr(model, "backbone", model), "patch_embed", None), "img_size", None)
         size = (image_size, image_size) if image_size is not None else own
@@ -220,12 +225,32 @@ def export_saved(
 
 def _proved(parity: dict[str, Any]) -> str:
     if parity.get("drop") is None:
-        return f"equal on {parity['n_images']} test images (largest difference {parity['max_abs_diff']:.1e})."
+        return f"equal on {parity['n_images']} images (largest difference {parity['max_abs_diff']:.1e})."
     drop, metric = parity["drop"], parity["metric"].replace("_", " ")
     return (
         f"{parity['flips']} of {parity['n_images']} decisions changed; {metric} drops by {100 * drop['estimate']:.2f} points, "
         f"with 95 % confidence by less than {100 * drop['high']:.2f}."
     )
+
+
+def _of_every_kind(space: Workspace, arm: str) -> list[torch.Tensor]:
+    """Test images for the proof in float32, which estimates nothing: evenly spread, and one of every size and mode of the data set.
+
+    A kind that the test side does not have is shown by an image of another side.
+    """
+    every = space.image_set("test", "train", "val", arm=arm)
+    tests = {sample.image for sample in space.image_set("test", arm=arm).samples}
+    order = sorted(range(len(every)), key=lambda i: every.samples[i].image not in tests)  # stable: the test side first
+    files = [space.audit.files[every.samples[i].image] for i in order]
+    rows = _varied([(file.size, file.mode) for file in files], PARITY_IMAGES, among=len(tests))
+    return [every[order[row]]["image"] for row in rows]
+
+
+def _without_folder(name: str | None) -> str | None:
+    """A timm name or `package.module:factory` as it is; of a path the last part, since a file tells nothing of this machine."""
+    if name is None or not (Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists()):
+        return name
+    return Path(name).name
 
 
 class _Items(Sequence):
@@ -241,13 +266,18 @@ class _Items(Sequence):
         return self.images[row]["image"]
 
 
-def _varied(kinds: Sequence[Any], most: int) -> list[int]:
-    """At most `most` indices: one of every kind (size and mode of the file) first, then evenly over all."""
+def _varied(kinds: Sequence[Any], most: int, among: int | None = None) -> list[int]:
+    """Indices of one of every kind (size and mode of the file), and evenly over the first `among` up to `most`.
+
+    Example:
+        >>> _varied(["L", "L", "L", "L", "RGB"], 2, among=4)
+        [0, 4]
+    """
     first: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
         first.setdefault(kind, index)
-    rows = [*list(first.values())[: most // 2], *_spread(len(kinds), most)]
-    return sorted(list(dict.fromkeys(rows))[:most])
+    rows = dict.fromkeys([*first.values(), *_spread(len(kinds) if among is None else among, most)])
+    return sorted(list(rows)[: max(most, len(first))])
 
 
 def _spread(n: int, most: int) -> list[int]:

@@ -145,8 +145,8 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
     """The ASGI application.
 
     `POST /predict` takes the bytes of one image file. `POST /v2/models/mrl/infer` takes the protocol's JSON with one
-    input "image", datatype BYTES, whose data are image files in base64. `GET /v2`, `/v2/health/live`, `/v2/health/ready`
-    and `/v2/models/mrl` say what is there. With a token everything but the two health paths wants `Authorization: Bearer`.
+    input "image", datatype BYTES, whose data are image files in base64. `GET /v2`, `/v2/health/live`, `/v2/health/ready`,
+    `/v2/models/mrl` and `/v2/models/mrl/ready` say what is there. With a token everything but the two health paths wants `Authorization: Bearer`.
 
     Args:
         model: an opened file.
@@ -179,6 +179,7 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
         Route("/v2/health/ready", _guarded(service.ready, None)),
         Route("/v2", _guarded(service.server, token)),
         Route("/v2/models/{name}", _guarded(service.about, token)),
+        Route("/v2/models/{name}/ready", _guarded(service.model_ready, token)),
         Route("/v2/models/{name}/infer", _guarded(service.infer, token), methods=["POST"]),
         Route("/predict", _guarded(service.predict, token), methods=["POST"]),
     ]
@@ -223,14 +224,18 @@ class Service:
         """The model is opened."""
         return {"ready": True}
 
+    async def model_ready(self, request: Any) -> dict[str, Any]:
+        """The model of this name is opened."""
+        _known(request)
+        return {"name": NAME, "ready": True}
+
     async def server(self, request: Any) -> dict[str, Any]:
         """Name and version."""
         return {"name": "mrl", "version": run.environment()["mrl"], "extensions": ["predict"]}
 
     async def about(self, request: Any) -> dict[str, Any]:
         """The model: tensors, classes, preprocessing, limits."""
-        if request.path_params["name"] != NAME:
-            raise Refused(404, f"there is one model here, {NAME}")
+        _known(request)
         model, k = self.model, len(self.model.classes)
         outputs = [("probabilities", "FP32", [-1, k]), ("prediction", "BYTES", [-1])]
         return {
@@ -252,8 +257,7 @@ class Service:
 
     async def infer(self, request: Any) -> dict[str, Any]:
         """The protocol's tensors."""
-        if request.path_params["name"] != NAME:
-            raise Refused(404, f"there is one model here, {NAME}")
+        _known(request)
         name, images = _inputs(await self._body(request), self.limits)
         found = await asyncio.gather(*(self.batcher.answer(image) for image in images), return_exceptions=True)
         for index, values in enumerate(found):
@@ -293,6 +297,12 @@ def _allowed(header: str, token: str) -> bool:
     return kind.lower() == "bearer" and hmac.compare_digest(shown.strip().encode(), token.encode())
 
 
+def _known(request: Any) -> None:
+    """Raises Refused for another model's name."""
+    if request.path_params["name"] != NAME:
+        raise Refused(404, f"there is one model here, {NAME}")
+
+
 def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise Refused(422, "the answer is not finite")
@@ -309,6 +319,9 @@ def _inputs(data: bytes, limits: Limits) -> tuple[str, list[bytes]]:
             raise ValueError
         images = [base64.b64decode(text, validate=True) for text in texts]
         name = str(asked.get("id", ""))
+        name.encode()  # a lone surrogate cannot be sent back
+        if math.prod(given.get("shape", [len(images)])) != len(images):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError):
         shape = '{"inputs": [{"name": "image", "datatype": "BYTES", "shape": [n], "data": [base64, ...]}]}'
         raise Refused(400, f"the body is not what is expected: {shape}") from None

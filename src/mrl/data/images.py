@@ -23,6 +23,8 @@ from mrl.errors import ConfigError, DataError
 ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
+# By content; Pillow knows more, and some of those start programs (EPS).
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
 PAGED = ("GIF", "TIFF", "WEBP", "PNG")
 GREY = ("L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ADVICE = "replace the file, or take it out"
@@ -37,7 +39,7 @@ class Decoded:
         maximum: the value that means 1.0; None where the file's type does not say.
         mode: of the file, such as "L", "RGB", "I;16", "RGB;16".
         bits: of one channel in the file.
-        frames: how many pictures the file holds; the first one is here.
+        frames: how many pictures the file holds, where they were counted; the first one is here.
         inverted: whether `maximum` means black.
     """
 
@@ -92,7 +94,7 @@ def read_image(path: Path | str, *, bit_depth: int | None = None) -> Tensor:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason}); check the path and its rights.") from error
     try:
-        return decode(data, bit_depth=bit_depth).tensor()
+        return decode(data, bit_depth=bit_depth, count=False).tensor()
     except DataError as error:
         raise DataError(f"{path}: {error}{'' if ';' in str(error) else f'; {ADVICE}'}.") from error
 
@@ -111,7 +113,7 @@ def header_of(file: bytes | Path | str) -> tuple[int, int, str] | None:
     """
     with _QUIET:
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
                 return (*image.size, image.mode)
         except Image.DecompressionBombError:
             raise DataError(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller") from None
@@ -119,8 +121,13 @@ def header_of(file: bytes | Path | str) -> tuple[int, int, str] | None:
             return None
 
 
-def decode(data: bytes, *, bit_depth: int | None = None) -> Decoded:
+def decode(data: bytes, *, bit_depth: int | None = None, count: bool = True) -> Decoded:
     """Decodes the bytes of an image file as `read_image` describes.
+
+    Args:
+        data: the file's bytes.
+        bit_depth: as for `read_image`.
+        count: count the pictures of an animation or the pages of a TIFF, which takes long where there are thousands.
 
     Raises:
         DataError: the reason, without the file's name.
@@ -139,19 +146,19 @@ def decode(data: bytes, *, bit_depth: int | None = None) -> Decoded:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken images; set it to False.")
     with _QUIET:
-        found = _decode(data)
+        found = _decode(data, count)
     return _scaled(found, bit_depth)
 
 
-def _decode(data: bytes) -> Decoded:
+def _decode(data: bytes, count: bool) -> Decoded:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise DataError(f"has {image.width} x {image.height} pixels, more than {limit:,}; make it smaller")
-            return _pixels(image, data)
+            return _pixels(image, data, count)
     except UnidentifiedImageError:
-        raise DataError("is not an image, whatever its name says") from None
+        raise DataError("is not an image of a kind that is read here, whatever its name says") from None
     except Image.DecompressionBombError:
         raise DataError(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller") from None
     except DataError:
@@ -161,8 +168,8 @@ def _decode(data: bytes) -> Decoded:
         raise DataError(f"{what} ({error})") from error
 
 
-def _pixels(image: Image.Image, data: bytes) -> Decoded:
-    frames = getattr(image, "n_frames", 1) if image.format in PAGED else 1
+def _pixels(image: Image.Image, data: bytes, count: bool) -> Decoded:
+    frames = getattr(image, "n_frames", 1) if count and image.format in PAGED else 1
     if image.format == "PPM" and (exact := read_netpbm(data)) is not None:
         values, maximum = exact
         return Decoded(values, float(maximum), "I;16" if values.ndim == 2 else "RGB;16", maximum.bit_length())

@@ -59,7 +59,7 @@ def layers_that_hurt(
     """Rounds the weights and inputs of one layer after the other, and ranks the layers by how much the answers change.
 
     change = mean over images of 1/2 sum_k |p_k(rounded) - p_k(float32)|. It is a model of the precision, in torch, not a
-    reading of the file: int8 is 8 bits, symmetric per output channel for weights, with the range of the calibration images for
+    reading of the file: int8 is 8 bits, of which the weights use half the range (`mrl.deploy.quantise`), symmetric per output channel, with the range of the calibration images for
     inputs; fp16 and bf16 round both. So it says where a precision hurts, whatever runtime computes it.
 
     Args:
@@ -175,7 +175,7 @@ class _Rounded:
     def _weight(self, whole: Tensor) -> Tensor:
         if self.precision != "int8":
             return _half(whole, self.precision)
-        scale = whole.flatten(1).abs().amax(1).clamp(min=1e-30).view(-1, *[1] * (whole.ndim - 1)) / 127
+        scale = whole.flatten(1).abs().amax(1).clamp(min=1e-30).view(-1, *[1] * (whole.ndim - 1)) / 63
         return (whole / scale).round() * scale
 
     def _hook(self, name: str) -> Any:

@@ -64,7 +64,8 @@ def open_runtime(path: Path | str, *, threads: int | None = None) -> Runtime:
 
     Args:
         path: `.onnx`, `.xml` (OpenVINO, with its `.bin` beside it) or `.pt2` (torch.export).
-        threads: for the work of one call; None takes torch's number.
+        threads: for the work of one call; None takes torch's number. Of a `.pt2` file it is set for all of torch in this
+            process, which has no other way.
 
     Raises:
         ConfigError: not such a file, one that this runtime cannot read, or fewer than 1 thread.
@@ -176,6 +177,8 @@ def _torch_export(path: Path, threads: int | None) -> Runtime:
         program = torch.export.load(path, extra_files=extra)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path.name} cannot be opened by torch.export: {one_line(error)}.") from error
+    if threads is not None:
+        torch.set_num_threads(threads)
     module = program.module()
     metadata = _json(extra[NOTES] or "{}")
 
