@@ -302,6 +302,14 @@ def test_leak__test_images_stay_shut_until_the_fits_are_done(data, tmp_path, pre
     with pytest.raises(ConfigError, match="its test images stay shut"):
         space.image_set("train", "test")
     steps.fit_step(space, "baseline")
+    with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):  # not even begun
+        space.image_set("test")
+    space.alone = "mrl"
+    with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):
+        space.image_set("test")
+    space.alone = "baseline"  # of one hold-out that has no other fit
+    if preset == "quick":
+        assert len(space.image_set("test"))
     (space.arm("mrl")).mkdir(parents=True, exist_ok=True)  # begun, not done
     with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):
         space.image_set("test")
