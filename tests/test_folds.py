@@ -417,6 +417,59 @@ def test_protocol__of_folds_says_what_was_fixed_and_what_can_be_detected(data, t
     assert made.mde["by_disagreement"]["0.1"] == pytest.approx(expected)
 
 
+def sides_of(folder, counts, size, group):
+    """A CSV of noise images: so many of each class; in groups of `group`, or alone."""
+    rng, lines = np.random.default_rng(0), ["path,label" + ",group" * (group > 1)]
+    folder.mkdir()
+    for label, n in counts.items():
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(folder / f"{label}{i}.png")
+            lines.append(f"{label}{i}.png,{label}" + f",{label}{i // group}" * (group > 1))
+    (folder / "images.csv").write_text("\n".join(lines) + "\n")
+    return folder / "images.csv"
+
+
+@pytest.mark.parametrize(
+    ("counts", "group", "preset"),
+    [({"a": 80, "b": 16}, 1, "quick"), ({"a": 80, "b": 16}, 1, "standard"), ({"a": 80, "b": 16}, 4, "standard")]
+    + [({"a": 48, "b": 48}, 4, "quick"), ({"a": 48, "b": 48}, 1, "quick")],
+)
+def test_protocol__detectable_effect_counts_groups_and_the_rarest_class(tmp_path, capsys, counts, group, preset):
+    from mrl.stats import detectable_by_folds, minimum_detectable_effect
+
+    run = opened(sides_of(tmp_path / "data", counts, 16, group), tmp_path / "run", preset)
+    told = capsys.readouterr().err
+    protocol = run.protocol
+    tested = [row for row in (run.folds.rows if protocol.folds else run.rows) if protocol.folds or row.split == "test"]
+    units = [len({row.group or row.image for row in tested if row.label == label}) for label in counts]
+    balanced = protocol.metric == "balanced_accuracy"
+    assert balanced == (max(counts.values()) > 3 * min(counts.values()))
+    n = int(4 / (1 / units[0] + 1 / units[1])) if balanced else sum(units)
+    assert protocol.mde["n_test"] == len(tested)
+    assert protocol.mde.get("n_effective", len(tested)) == n
+    assert (n < len(tested)) == (balanced or group > 1)
+    if protocol.folds:
+        expected = detectable_by_folds(n, 0.1, k=2, repeats=2)
+    else:
+        exact = minimum_detectable_effect(n, 0.1, exact=True)
+        expected = exact if exact == exact else minimum_detectable_effect(n, 0.1)
+    assert protocol.mde["by_disagreement"]["0.1"] == pytest.approx(expected)
+    assert (f"as good as {n} independent ones{' in equal classes' * balanced}, can show" in told) == (n < len(tested))
+
+
+def test_begin__a_run_whose_effects_were_counted_otherwise_goes_on(data, tmp_path):
+    from dataclasses import replace
+
+    from mrl.protocol import load_protocol, write_protocol
+
+    run = opened(data, tmp_path / "run")
+    write_protocol(run.out, replace(run.protocol, mde={"n_test": 32, "by_disagreement": {"0.1": 0.2}}))
+    there = load_protocol(run.out).sha256()
+    assert opened(data, run.out).protocol.sha256() == there
+    with pytest.raises(ConfigError, match="another protocol"):
+        opened(data, run.out, lr=1e-3)
+
+
 @pytest.mark.slow
 def test_benchmark__sums_a_standard_run(standard, tmp_path, monkeypatch):
     import standard as benchmark
