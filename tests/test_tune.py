@@ -23,10 +23,11 @@ from mrl.fit_config import FitConfig
 from mrl.report.reasons import translated
 from mrl.report.words import Words
 from mrl.request import Request
+from mrl.run import write_json
 from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
 from mrl.tune import default_words
-from mrl.tuned import tuned_warnings
+from mrl.tuned import keep_search, tuned_warnings, write_settings
 from mrl.tuning import Goal, Settings, parse_space
 from mrl.tuning.alive import Beats, signs_of_life
 from mrl.tuning.results import tune_document
@@ -495,6 +496,25 @@ def test_plan_step__swaps_the_modules_of_the_settings(tuned, data, tmp_path):
         assert space.protocol.budget_of(arm)["lr"] == space.protocol.tuned["arms"][arm]["fit"]["lr"]
 
 
+@pytest.mark.parametrize("named", [".", "tune/settings.json"])
+def test_keep_search__copies_the_record_beside_the_settings(tmp_path, named):
+    searched = tmp_path / "searched"
+    search = {"study": "mrl-1", "protocol_sha256": "ab"}
+    arms = {"baseline": {"fit": {}}, "mrl": {"fit": {}, "calibration": {}, "swap": {}, "regions": {}}}
+    write_settings(searched / "tune" / "settings.json", {"search": search, "arms": arms}, ["ab" * 32])
+    kept = tmp_path / "run" / "tune" / "tune.json"
+    assert not keep_search(searched / named, tmp_path / "run")  # no record beside it
+    write_json(searched / "tune" / "tune.json", {**search, "study": "another"})
+    assert not keep_search(searched / named, tmp_path / "run")
+    write_json(searched / "tune" / "tune.json", search)
+    assert keep_search(searched / named, tmp_path / "run")
+    assert json.loads(kept.read_text()) == search
+    write_json(kept, {"study": "the run's own"})
+    assert not keep_search(searched / named, tmp_path / "run")
+    assert json.loads(kept.read_text()) == {"study": "the run's own"}
+    assert not keep_search(searched / named, searched)
+
+
 @pytest.mark.slow
 def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_see(tuned, data, tmp_path, monkeypatch):
     monkeypatch.setattr("mrl.results.MEASURE_SECONDS", 2.0)
@@ -524,6 +544,9 @@ def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_se
     assert planned["config"]["kernel_size"] == chosen["mrl"]["swap"]["kernel_size"]
     report = json.loads((out / "report.json").read_text())
     assert not [w for w in report["warnings"] if "mrl tune" in w]
+    assert json.loads((out / "tune" / "tune.json").read_text())["settings"] == chosen
+    said = Words("en")("tune.importance")
+    assert said in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_poc__says_how_many_test_images_the_search_saw(tuned, data, tmp_path):
