@@ -139,6 +139,7 @@ def accuracy(folder: Path = RUN, words: str = FIT) -> dict[str, Any]:
     if command(["fit", "--out", str(folder), *words.split()]) != 0:
         raise SystemExit("deploy: the model could not be trained; the reason is above.")
     seconds, space = time.monotonic() - start, Workspace(folder)
+    space.alone = "baseline"
     fitted, test = read_json(space.arm("baseline") / "fit.json"), space.image_set("test")
     model, right = plain_float(space.fitted("baseline")), 0
     with torch.inference_mode():

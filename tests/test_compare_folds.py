@@ -1,5 +1,6 @@
 """The comparison over folds: the corrected test on the folds' differences, Bayesian chances, and the first repeat's tests."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -9,6 +10,8 @@ from mrl.compare import compare_predictions
 from mrl.compare_folds import compare_fold_predictions
 from mrl.decision import decision_of
 from mrl.errors import ConfigError, DataError
+from mrl.report.reasons import translated
+from mrl.report.words import Words
 from mrl.run import plain
 from mrl.stats import nadeau_bengio
 
@@ -111,6 +114,24 @@ def test_compare_fold_predictions__few_disagreements_widen_the_interval():
     assert found["difference"]["low"] <= min(one["low"], found["test"]["low"] or 0)
     assert found["difference"]["high"] >= max(one["high"], found["test"]["high"] or 0)
     assert any("was widened to hold Newcombe's" in text for text in found["warnings"])
+
+
+def test_compare_fold_predictions__equal_folds_with_many_disagreements_name_the_bootstrap():
+    """In every fold of 40 images the second arm loses 3 and gains 5; so many disagreements are the bootstrap's."""
+    rows = []
+    for repeat, i, arm in itertools.product(range(REPEATS), range(40 * K), ("baseline", "mrl")):
+        place, target = i // K, "ab"[i % 2]
+        hit = not (place < 3 if arm == "mrl" else 3 <= place < 8)
+        p = 0.9 if hit == (target == "b") else 0.1
+        rows.append({"image": f"{i}.png", "target": target, "arm": arm, "repeat": str(repeat), "fold": str(i % K)})
+        rows[-1] |= {"seed": "0", "p_a": 1 - p, "p_b": p}
+    found = compare_fold_predictions(rows, **FAST)
+    assert found["test"]["p_value"] is None
+    assert found["method"] == "corrected_t_widened"
+    assert found["difference"]["low"] < found["difference"]["estimate"] < found["difference"]["high"]
+    (said,) = [text for text in found["warnings"] if "of one repeat" in text]
+    assert "the bootstrap's of one repeat" in said
+    assert translated(Words("ja"), said)["key"] == "warning.one_repeat"
 
 
 def test_compare_fold_predictions__equal_arms_are_not_certain():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mrl.curve import SubsetSpace, curve_spaces, curve_step, summed
+from mrl.curve import SubsetSpace, curve_spaces, curve_step, space_named, summed
 from mrl.data import SplitRow
 from mrl.data.subsets import SHARES, nested_subsets
 from mrl.errors import ConfigError, DataError
@@ -105,6 +105,22 @@ def test_curve_spaces__need_folds(tmp_path):
     run.__dict__["protocol"] = SimpleNamespace(folds={}, budget={})
     with pytest.raises(ConfigError, match="needs folds"):
         curve_spaces(run)
+
+
+@pytest.mark.parametrize("shares", [(0.125, 0.5), (0.121, 0.124), (0.5, 0.999), (0.004,), (0.1 + 0.2,)])
+def test_curve_spaces__shares_are_whole_percents(tmp_path, shares):
+    run, _ = small_run(tmp_path, 20)
+    with pytest.raises(ConfigError, match="whole percents; give shares such as"):
+        curve_spaces(run, shares)
+
+
+def test_space_named__finds_every_share_of_whole_percents(tmp_path, monkeypatch):
+    run, rows = small_run(tmp_path, 200)
+    monkeypatch.setattr(FoldSpace, "rows", property(lambda self: rows))
+    shares = [percent / 100 for percent in range(5, 100)]
+    spaces = curve_spaces(run, shares)
+    assert len({space.name for space in spaces}) == len(spaces) == 2 * len(shares)
+    assert [space_named(run, space.name).share for space in spaces] == [space.share for space in spaces]
 
 
 def small_run(tmp_path, n):

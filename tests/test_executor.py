@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ import psutil
 import pytest
 import torch
 
+from mrl import executor
 from mrl.cli import main
 from mrl.errors import ConfigError, DataError, MissingExtra, MrlError
-from mrl.executor import Executor, Task
+from mrl.executor import Executor, Task, gpu_of, threads_each
 from mrl.run import write_json
 from test_folds import TINY, _small, opened  # noqa: F401
 from test_poc import draw
@@ -105,6 +107,43 @@ def test_executor__wrong_words(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="torchrun and accelerate launch share one fit"):
         Executor("ray")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "threads"),
+    [([16, 16, 16], 1, 16), ([16, 16, 16], 2, 16), ([16, 16, 16], 3, 16), ([16, 16, 16], 6, 8), ([0, 4], 1, 4)]
+    + [([2, 2], 8, 1), ([0.5], 1, 1), ([], 1, 1)],
+)
+def test_threads_each__one_task_fits_on_one_node(cpus, workers, threads):
+    assert threads_each(cpus, workers) == threads
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"),
+    [(3, None, ["0", "1", "2", "0"]), (2, "4,7", ["4", "7", "4", "7"]), (2, " GPU-a, GPU-b ", ["GPU-a", "GPU-b"])]
+    + [(2, "1,3,-1,0", ["1", "3", "1"])],  # CUDA sees what stands before the first that is not there
+)
+def test_gpu_of__workers_take_turns_among_the_gpus_that_may_be_used(gpus, visible, expected):
+    assert [gpu_of(slot, gpus, visible) for slot in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("visible", [None, "2,5"])
+def test_start__gives_each_worker_a_gpu_of_its_own(monkeypatch, visible):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    told = []
+
+    class Process:
+        def __init__(self, *args, env, **more):
+            told.append(env["CUDA_VISIBLE_DEVICES"])
+            self.stdin = io.StringIO()
+
+    monkeypatch.setattr("mrl.executor.subprocess.Popen", Process)
+    for slot in range(3):
+        executor._start(Task("a sum", "math:fsum", {}), slot, 1)
+    assert told == (["0", "1", "0"] if visible is None else ["2", "5", "2"])
 
 
 @pytest.fixture(scope="module")

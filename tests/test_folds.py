@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,14 @@ def test_leak__test_images_stay_shut_until_the_fits_are_done(data, tmp_path, pre
     with pytest.raises(ConfigError, match="its test images stay shut"):
         space.image_set("train", "test")
     steps.fit_step(space, "baseline")
+    with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):  # not even begun
+        space.image_set("test")
+    space.alone = "mrl"
+    with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):
+        space.image_set("test")
+    space.alone = "baseline"  # of one hold-out that has no other fit
+    if preset == "quick":
+        assert len(space.image_set("test"))
     (space.arm("mrl")).mkdir(parents=True, exist_ok=True)  # begun, not done
     with pytest.raises(ConfigError, match="arm mrl is not fitted yet"):
         space.image_set("test")
@@ -318,10 +327,9 @@ def planted(folder: Path, groups=14, size=3, seed=0) -> Path:
     lines = ["path,label,group"]
     for group in range(groups):
         label = "ab"[group % 2]
-        pattern = rng.random((40, 40)) < 0.15
+        pattern = rng.random((32, 32)) < 0.15
         for i in range(size):
-            pixels = np.where(pattern, 250, rng.integers(90, 110, (40, 40))).astype(np.uint8)
-            pixels[0, 0] = 255 * (label == "b") if i else 128  # the label in a pixel, but for a group's first image
+            pixels = np.where(pattern, 250, rng.integers(90, 110, (32, 32))).astype(np.uint8)
             name = f"g{group}_{i}.png"
             Image.fromarray(pixels).save(folder / name)
             lines.append(f"{name},{label},g{group}")
@@ -332,29 +340,72 @@ def planted(folder: Path, groups=14, size=3, seed=0) -> Path:
     return folder / "images.csv"
 
 
+class Memory:
+    """A probe that knows by heart the planted pattern and the label of every image that is loaded while it looks on.
+
+    It answers the label of a pattern that it saw, else "a": right on every test image whose group reached it, and as good
+    as a guess where none did.
+    """
+
+    def __init__(self, monkeypatch):
+        self.labels, self.images, loaded = {}, set(), ImageSet.resized
+        self.load = lambda images, i: loaded(images, i)
+
+        def resized(images, i):
+            self.images.add(images.samples[i].image)
+            self.labels[self.pattern(images, i)] = images.samples[i].label
+            return loaded(images, i)
+
+        monkeypatch.setattr(ImageSet, "resized", resized)
+
+    def pattern(self, images, i):
+        return (self.load(images, i)[0] > 0.7).numpy().tobytes()
+
+    def forget(self):
+        self.labels.clear()
+        self.images.clear()
+
+    def accuracy(self, space, side="test"):
+        """On a side of the split, read past every guard."""
+        samples = {s.image: s for s in space.audit.kept}
+        kept = [samples[row.image] for row in space.rows if row.split == side]
+        images = ImageSet(kept, space.source.classes, space.preprocess)
+        return np.mean([self.labels.get(self.pattern(images, i), "a") == s.label for i, s in enumerate(kept)])
+
+
 @pytest.mark.parametrize("preset", ["quick", "standard", "full"])
 def test_leak__no_step_before_the_test_looks_at_a_test_image(tmp_path, monkeypatch, preset):
-    """Audit done, every image that calibration, probe, early stopping and fits load is recorded, fold by fold."""
+    """Audit done, every image that calibration, probe, early stopping and fits load is known by heart, fold by fold."""
     run = opened(planted(tmp_path / "data"), tmp_path / "run", preset)
-    seen: set[str] = set()
-    resized = ImageSet.resized
-    monkeypatch.setattr(ImageSet, "resized", lambda self, i: (seen.add(self.samples[i].image), resized(self, i))[1])
+    memory = Memory(monkeypatch)
     spaces = spaces_of(run)
     for space in dict.fromkeys((spaces[0], spaces[-1])):
         sides = {side: {row.image for row in space.rows if row.split == side} for side in ("train", "val", "test")}
-        group = {row.image: row.group for row in space.rows if row.group}
-        files = {row.image: row.sha256 for row in space.rows}
+        labels = [row.label for row in space.rows if row.split == "test"]
+        guess = labels.count("a") / len(labels)
+        assert 0.3 <= guess <= 0.7
         for arm in ("baseline", "mrl"):
-            seen.clear()
+            memory.forget()
             steps.fit_step(space, arm, overwrite=True)
-            assert sides["train"] <= seen
-            assert not seen & sides["test"], "a fit looked at its test side"
-            tested = {group[image] for image in sides["test"] if image in group}
-            assert not tested & {group[image] for image in seen if image in group}, "a group is on both sides"
-            assert not {files[i] for i in sides["test"]} & {files[i] for i in seen}, "a copy is on both sides"
-        seen.clear()
+            assert sides["train"] <= memory.images
+            assert not memory.images & sides["test"], "a fit looked at its test side"
+            assert memory.accuracy(space, "train") == 1
+            assert memory.accuracy(space) == guess, "a group or a copy is on both sides"
+        memory.forget()
         results.evaluate_step(space, overwrite=True)
-        assert seen == sides["test"]
+        assert memory.images == sides["test"]
+        assert memory.accuracy(space) == 1  # so it would have been found
+
+
+@pytest.mark.parametrize("arm", ["baseline", "mrl"])
+def test_leak__a_split_that_ignores_groups_and_copies_is_found(tmp_path, monkeypatch, arm):
+    """The same probe on a split with every third image of a group on the test side: it knows all of them."""
+    (space,) = spaces_of(opened(planted(tmp_path / "data"), tmp_path / "run", "quick"))
+    memory, sides = Memory(monkeypatch), {"0": "train", "1": "val", "2": "test"}
+    leaky = [replace(row, split=sides[Path(row.image).stem[-1]]) for row in space.rows]
+    space.__dict__["rows"] = leaky
+    steps.fit_step(space, arm)
+    assert memory.accuracy(space) == 1
 
 
 def test_leak__planted_groups_tell_their_labels_only_where_folds_ignore_them(tmp_path):
@@ -363,7 +414,6 @@ def test_leak__planted_groups_tell_their_labels_only_where_folds_ignore_them(tmp
     run = opened(source, tmp_path / "run")
     images = [s for s in run.audit.kept if not s.image.startswith("copy_")]
     pixels = np.stack([np.asarray(Image.open(s.path), dtype=float).ravel() for s in images])
-    pixels[:, 0] = 0  # what the images show, without the label that is written into the corner
     labels = np.array([s.label for s in images])
     place = {row.image: row.folds for row in run.folds.rows}
     ours = np.array([place[s.image][0] for s in images])
@@ -407,6 +457,57 @@ def test_protocol__of_folds_says_what_was_fixed_and_what_can_be_detected(data, t
     assert made.mde["n_test"] == 32
     expected = detectable_by_folds(32, 0.1, k=2, repeats=2)
     assert made.mde["by_disagreement"]["0.1"] == pytest.approx(expected)
+
+
+def sides_of(folder, counts, size, group):
+    """A CSV of noise images: so many of each class; in groups of `group`, or alone."""
+    rng, lines = np.random.default_rng(0), ["path,label" + ",group" * (group > 1)]
+    folder.mkdir()
+    for label, n in counts.items():
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(folder / f"{label}{i}.png")
+            lines.append(f"{label}{i}.png,{label}" + f",{label}{i // group}" * (group > 1))
+    (folder / "images.csv").write_text("\n".join(lines) + "\n")
+    return folder / "images.csv"
+
+
+@pytest.mark.parametrize(
+    ("counts", "group", "preset"),
+    [({"a": 80, "b": 16}, 1, "quick"), ({"a": 80, "b": 16}, 1, "standard"), ({"a": 80, "b": 16}, 4, "standard")]
+    + [({"a": 48, "b": 48}, 4, "quick"), ({"a": 48, "b": 48}, 1, "quick")],
+)
+def test_protocol__detectable_effect_counts_groups_and_the_rarest_class(tmp_path, capsys, counts, group, preset):
+    from mrl.stats import detectable_by_folds, minimum_detectable_effect
+
+    run = opened(sides_of(tmp_path / "data", counts, 16, group), tmp_path / "run", preset)
+    told = capsys.readouterr().err
+    protocol = run.protocol
+    tested = [row for row in (run.folds.rows if protocol.folds else run.rows) if protocol.folds or row.split == "test"]
+    units = [len({row.group or row.image for row in tested if row.label == label}) for label in counts]
+    balanced = protocol.metric == "balanced_accuracy"
+    assert balanced == (max(counts.values()) > 3 * min(counts.values()))
+    n = int(4 / (1 / units[0] + 1 / units[1])) if balanced else sum(units)
+    assert protocol.mde["n_test"] == len(tested)
+    assert protocol.mde.get("n_effective", len(tested)) == n
+    assert (n < len(tested)) == (balanced or group > 1)
+    if protocol.folds:
+        expected = detectable_by_folds(n, 0.1, k=2, repeats=2)
+    else:
+        exact = minimum_detectable_effect(n, 0.1, exact=True)
+        expected = exact if exact == exact else minimum_detectable_effect(n, 0.1)
+    assert protocol.mde["by_disagreement"]["0.1"] == pytest.approx(expected)
+    assert (f"as good as {n} independent ones{' in equal classes' * balanced}, can show" in told) == (n < len(tested))
+
+
+def test_begin__a_run_whose_effects_were_counted_otherwise_goes_on(data, tmp_path):
+    from mrl.protocol import load_protocol, write_protocol
+
+    run = opened(data, tmp_path / "run")
+    write_protocol(run.out, replace(run.protocol, mde={"n_test": 32, "by_disagreement": {"0.1": 0.2}}))
+    there = load_protocol(run.out).sha256()
+    assert opened(data, run.out).protocol.sha256() == there
+    with pytest.raises(ConfigError, match="another protocol"):
+        opened(data, run.out, lr=1e-3)
 
 
 @pytest.mark.slow

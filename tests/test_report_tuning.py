@@ -56,6 +56,16 @@ def test_report__tells_of_the_search(tmp_path, lang):
         assert shown in page.split('id="plan"')[1], shown
 
 
+def test_report__a_difference_without_an_interval_says_so(tmp_path):
+    out = build_run(tmp_path)
+    found = searched()
+    found["difference"] |= {"low": None, "high": None}
+    write_json(out / "tune" / "tune.json", found)
+    said = report(out).read_text(encoding="utf-8").split('id="plan"')[1]
+    assert "+1.2\N{NO-BREAK SPACE}points each time, so there is no interval" in said
+    assert "corrected resampled t)" not in said
+
+
 def test_report__a_search_without_a_choice_is_no_crash(tmp_path):
     out = build_run(tmp_path)
     found = searched()

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import timm
@@ -23,12 +26,14 @@ from mrl.fit_config import FitConfig
 from mrl.report.reasons import translated
 from mrl.report.words import Words
 from mrl.request import Request
+from mrl.run import write_json
 from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
-from mrl.tune import default_words
-from mrl.tuned import tuned_warnings
+from mrl.tune import _say_result, default_words
+from mrl.tuned import keep_search, tuned_warnings, write_settings
 from mrl.tuning import Goal, Settings, parse_space
 from mrl.tuning.alive import Beats, signs_of_life
+from mrl.tuning.judging import candidates, difference, measure_again
 from mrl.tuning.results import tune_document
 from mrl.tuning.sampler import Distinct, key_of
 from mrl.tuning.search import RETRIES, fail, outcome
@@ -220,6 +225,58 @@ def test_search__prunes_over_the_budget_before_any_training(tmp_path):
     assert len(searched) == len(set(searched))  # every architecture was timed once
     assert record["judged"][-1]["within_budget"]
     assert record["difference"]["low"] < record["difference"]["estimate"] < record["difference"]["high"]
+
+
+def test_measure_again__one_worker_measures_and_the_others_wait(tmp_path):
+    started, judges = threading.Barrier(2), [Planted(2), Planted(2)]
+    goal = {"space": {"region": [2, 4]}, "trials": 2, "keep": 1, "judges": 2, "max_latency_ratio": 2.0}
+    searches = [planted(tmp_path, judge, **goal) for judge in judges]
+    found = candidates(searches[0], searches[0].run())
+
+    def latency(judge, settings, careful=False):
+        judge.timed.append(settings.arm)
+        time.sleep(0.3)
+        return {"ratio": float(1 + judges.index(judge)), "low": 0.0, "high": 9.0, "latency_ms_median": 1.0}
+
+    told = [None, None]
+
+    def work(i):
+        started.wait()
+        told[i] = measure_again(searches[i], found)
+
+    for judge in judges:
+        judge.timed.clear()
+        judge.latency = partial(latency, judge)
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert told[0] == told[1]
+    assert len(told[0]) == 2
+    assert sorted(len(judge.timed) for judge in judges) == [0, 2]  # one measured both candidates
+    assert measure_again(searches[0], found) == told[0]  # a finished search measures nothing
+
+
+def test_search__says_that_workers_trained_while_latency_was_timed(tmp_path):
+    space = {"region": [2, 4], "lr": "1e-6..1e-4:log"}
+    search = planted(tmp_path, Planted(2), space=space, trials=2, keep=1, judges=2, max_latency_ratio=2.0)
+    study = search.study("mrl")
+    for trial in [study.ask(study.sampler.space) for _ in range(2)]:  # of two workers
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    (said,) = tune_document(search)["warnings"]
+    assert "timed while others trained" in said
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.02])
+def test_difference__equal_differences_give_no_interval(gap, capsys):
+    first = [0.5, 0.25, 0.75]
+    found = difference(first, [score + gap for score in first], 0.2)
+    assert found["estimate"] == pytest.approx(gap)
+    assert np.isnan([found["low"], found["high"]]).all()
+    told = {"chosen": {}, "judged": [], "warnings": [], "difference": found}
+    _say_result(told, Path("tune.json"))
+    assert f"mrl - baseline: {100 * gap:+.1f} points (no interval)" in capsys.readouterr().err
 
 
 def test_search__both_arms_get_as_many_trials(tmp_path):
@@ -495,6 +552,25 @@ def test_plan_step__swaps_the_modules_of_the_settings(tuned, data, tmp_path):
         assert space.protocol.budget_of(arm)["lr"] == space.protocol.tuned["arms"][arm]["fit"]["lr"]
 
 
+@pytest.mark.parametrize("named", [".", "tune/settings.json"])
+def test_keep_search__copies_the_record_beside_the_settings(tmp_path, named):
+    searched = tmp_path / "searched"
+    search = {"study": "mrl-1", "protocol_sha256": "ab"}
+    arms = {"baseline": {"fit": {}}, "mrl": {"fit": {}, "calibration": {}, "swap": {}, "regions": {}}}
+    write_settings(searched / "tune" / "settings.json", {"search": search, "arms": arms}, ["ab" * 32])
+    kept = tmp_path / "run" / "tune" / "tune.json"
+    assert not keep_search(searched / named, tmp_path / "run")  # no record beside it
+    write_json(searched / "tune" / "tune.json", {**search, "study": "another"})
+    assert not keep_search(searched / named, tmp_path / "run")
+    write_json(searched / "tune" / "tune.json", search)
+    assert keep_search(searched / named, tmp_path / "run")
+    assert json.loads(kept.read_text()) == search
+    write_json(kept, {"study": "the run's own"})
+    assert not keep_search(searched / named, tmp_path / "run")
+    assert json.loads(kept.read_text()) == {"study": "the run's own"}
+    assert not keep_search(searched / named, searched)
+
+
 @pytest.mark.slow
 def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_see(tuned, data, tmp_path, monkeypatch):
     monkeypatch.setattr("mrl.results.MEASURE_SECONDS", 2.0)
@@ -524,6 +600,9 @@ def test_poc__takes_what_the_search_chose_and_tests_on_images_that_it_did_not_se
     assert planned["config"]["kernel_size"] == chosen["mrl"]["swap"]["kernel_size"]
     report = json.loads((out / "report.json").read_text())
     assert not [w for w in report["warnings"] if "mrl tune" in w]
+    assert json.loads((out / "tune" / "tune.json").read_text())["settings"] == chosen
+    said = Words("en")("tune.importance")
+    assert said in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_poc__says_how_many_test_images_the_search_saw(tuned, data, tmp_path):
@@ -582,6 +661,13 @@ def test_tune__a_finished_search_says_so(tuned, capsys):
     assert main(words) == 0
     assert "finished already" in capsys.readouterr().err
     assert (out / "tune" / "tune.json").stat().st_mtime_ns == before
+
+
+def test_tune__a_finished_search_in_another_backend_is_another(tuned, capsys):
+    out, words = tuned
+    assert json.loads((out / "tune" / "tune.json").read_text())["backend"] == "eager"
+    assert main(["onnxruntime" if word == "eager" else word for word in words]) == 1
+    assert "belongs to a search with another backend" in capsys.readouterr().err
 
 
 def test_training_side__fresh_splits_keep_groups_together_and_differ(tuned):

@@ -286,7 +286,11 @@ def _rows(
 
 def _warnings(result: Mapping[str, Any], pooled: Mapping[str, Any]) -> list[str]:
     found = []
-    if result["method"] == WIDENED:
+    if result["method"] == WIDENED and not pooled["method"].startswith("newcombe"):
+        found.append(
+            "All folds have the same difference and so give no interval: it is the bootstrap's of one repeat instead."
+        )
+    elif result["method"] == WIDENED:
         apart = round(pooled["disagreement"] * pooled["n"])
         found.append(
             f"The arms differ in correctness on only {apart} of {pooled['n']} images of one repeat: the interval over the "

@@ -41,7 +41,7 @@ class SubsetSpace(FoldSpace):
 
     Args:
         fold: the fold.
-        share: of its training side.
+        share: of its training side, in whole percents.
 
     Example:
         >>> SubsetSpace(FoldSpace(Workspace("runs/mine"), 0, 3), 0.4).out.as_posix()
@@ -77,12 +77,15 @@ def curve_spaces(run: Workspace, shares: Sequence[float] = SHARES) -> list[FoldS
     A share that leaves some fold too few training images to calibrate with is left out.
 
     Raises:
-        ConfigError: a run without folds, or wrong shares.
+        ConfigError: a run without folds, or wrong shares: not rising, not above 0 and at most 1, or no whole percents.
     """
     if not run.protocol.folds:
         raise ConfigError(f"{run.out}: a learning curve needs folds; run `mrl poc` with --preset standard or full.")
     if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] > 1:
         raise ConfigError(f"--shares {list(shares)}: give rising numbers above 0 and at most 1.")
+    parts = [share for share in shares if round(share, 2) != share]
+    if parts:
+        raise ConfigError(f"--shares {parts}: a part is named by its whole percents; give shares such as 0.12 or 0.3.")
     first = [space for space in spaces_of(run) if isinstance(space, FoldSpace) and space.repeat == 0 <= space.fold]
     sizes = [[SubsetSpace(space, share) for space in first] for share in shares if share < 1]
     return [part for parts in sizes if all(map(_enough, parts)) for part in parts]

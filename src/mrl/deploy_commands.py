@@ -90,7 +90,9 @@ def export(
     elif not (Path(out) / "protocol.yaml").is_file():
         raise ConfigError(f"{out}: is neither a run folder nor a folder of mrl.save; give one of them.")
     else:
-        results.export_step(Workspace(out), arm=arm, **chosen)
+        space = Workspace(out)
+        space.alone = arm  # named by the user: a run may have no other arm fitted
+        results.export_step(space, arm=arm, **chosen)
 
 
 def predict(

@@ -151,8 +151,8 @@ def _start(task: Task, slot: int, threads: int) -> subprocess.Popen:
 
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     gpus = torch.cuda.device_count()
-    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    if gpus > 1:
+        env["CUDA_VISIBLE_DEVICES"] = gpu_of(slot, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     env["PYTHONPATH"] = os.pathsep.join(_paths())
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
@@ -161,6 +161,22 @@ def _start(task: Task, slot: int, threads: int) -> subprocess.Popen:
         process.stdin.write(json.dumps([task.name, task.function, dict(task.arguments), threads]) + "\n")
         process.stdin.flush()
     return process
+
+
+def gpu_of(slot: int, gpus: int, visible: str | None) -> str:
+    """The GPU of a worker, as CUDA_VISIBLE_DEVICES names it; the workers take turns.
+
+    Args:
+        slot: number of the worker, from 0.
+        gpus: that this process sees.
+        visible: its own CUDA_VISIBLE_DEVICES, numbers or UUIDs with commas between; None where it is not set.
+
+    Example:
+        >>> gpu_of(1, 2, None), gpu_of(2, 2, None), gpu_of(1, 2, "2,5")
+        ('1', '0', '5')
+    """
+    names = list(map(str, range(gpus))) if visible is None else [name.strip() for name in visible.split(",")][:gpus]
+    return names[slot % len(names)]
 
 
 def child() -> None:
@@ -220,7 +236,7 @@ def _on_ray(tasks: Sequence[Task], workers: int, address: str | None) -> None:
 
 def _through_ray(ray: Any, tasks: Sequence[Task], workers: int) -> None:
     there = ray.cluster_resources()
-    threads = max(1, int(there.get("CPU", 1)) // workers)
+    threads = threads_each([node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]], workers)
     gpus = min(1.0, there.get("GPU", 0.0) / workers)
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(_work)
     waiting, running = deque(tasks), {}
@@ -240,6 +256,20 @@ def _through_ray(ray: Any, tasks: Sequence[Task], workers: int) -> None:
                 raise MrlError(_died(task)) from dead
             if error is not None:
                 raise MrlError(error)
+
+
+def threads_each(cpus: Sequence[float], workers: int) -> int:
+    """Threads of one task on a cluster: its share of all CPUs, but no more than the largest node has, where it must fit.
+
+    Args:
+        cpus: of each node.
+        workers: tasks at a time.
+
+    Example:
+        >>> threads_each([4, 4], workers=1), threads_each([4, 4], workers=4), threads_each([2], workers=8)
+        (4, 2, 1)
+    """
+    return max(1, min(int(sum(cpus)) // workers, int(max(cpus, default=1))))
 
 
 def _paths() -> list[str]:

@@ -16,7 +16,7 @@ from mrl.run import say
 from mrl.steps import Request
 from mrl.swap import CalibrateConfig
 from mrl.tracking import Tracking
-from mrl.tuned import read_settings
+from mrl.tuned import keep_search, read_settings
 from mrl.workspace import Workspace, spaces_of
 
 OWN_FILES = (
@@ -184,6 +184,8 @@ def _open(out: Path, request: Request, overwrite: bool) -> Workspace | None:
     fresh = not space.file("protocol.yaml").is_file()
     steps.check_model(request)
     steps.begin(space, request)
+    if request.settings is not None:
+        keep_search(request.settings, out)
     if not fresh and space.file("report.html").is_file() and space.file("report.json").is_file():
         say(f"finished already: {space.file('report.html')} (--overwrite starts anew)")
         return None

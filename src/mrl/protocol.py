@@ -47,7 +47,8 @@ class Protocol:
         calibration: the configuration of `mrl.calibrate`, which only the swapped arm has.
         latency: backend, batch and image size that decide on cost.
         decision: the rule in words and `max_slowdown`.
-        mde: the minimum detectable effect of this many test images.
+        mde: the minimum detectable effect of this many test images; `n_effective` where they are as good as fewer
+            independent ones, because of groups, copies, or classes that count alike.
         folds: of repeated k-fold: k, repeats, n_frozen (images of the frozen test set) and the primary test; empty for one
             hold-out, and then not a part of the file or of its hash.
         arm_settings: of every arm beside baseline and mrl: model, weights, swap, region, layers, budget; where there are

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mrl.arms import BASELINE, MRL, Arm, settle
-from mrl.data import Audit, Folds, SplitRow
+from mrl.data import Audit, Folds, SplitRow, split_units
 from mrl.errors import ConfigError
 from mrl.fit_config import FitConfig
 from mrl.models.build import weights_are_own
@@ -146,22 +146,20 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         calibration = calibration_of(tuned, FOLD_CALIBRATION.max_images if isinstance(split, Folds) else None)
     if isinstance(split, Folds):
         folds = {"k": split.k, "repeats": split.repeats, "n_frozen": split.n_frozen, "test": "corrected_t"}
-        n_test = len(split.rows) - split.n_frozen
-        effects = {
-            str(p): detectable_by_folds(n_test, p, k=split.k, repeats=split.repeats, alpha=alpha) for p in DISAGREEMENT
-        }
+        tested = {row.image: row.label for row in split.rows if not row.frozen}
         if calibration == CalibrateConfig() and not tuned:
             calibration = FOLD_CALIBRATION
     else:
-        n_test = sum(row.split == "test" for row in split)
-        effects = {str(p): _detectable(n_test, p, alpha) for p in DISAGREEMENT}
+        tested = {row.image: row.label for row in split if row.split == "test"}
+    metric = primary_metric(counts)
+    n = effective_number(tested, split_units(audit), balanced=metric == "balanced_accuracy")
     return Protocol(
         data={
             "source": str(request.data),
             "test": request.test,
             "fingerprint": audit.fingerprint,
             "n": len(audit.kept),
-            "n_test": n_test,
+            "n_test": len(tested),
             "classes": sorted(counts),
             "class_counts": counts,
             "on_bad": request.on_bad,
@@ -180,14 +178,14 @@ def make_protocol(request: Request, audit: Audit, split: Sequence[SplitRow] | Fo
         seeds=[request.seed],
         arms=[BASELINE, MRL, *more],
         arm_settings=more,
-        metric=primary_metric(counts),
+        metric=metric,
         margin=request.margin,
         alpha=request.alpha,
         budget=asdict(budget),
         calibration=asdict(calibration),
         latency={"backend": "onnxruntime", "precision": "fp32", "batch": 1, "image_size": [int(n) for n in size]},
         decision={"rule": RULE, "max_slowdown": request.max_slowdown},
-        mde={"n_test": n_test, "power": 0.8, "alpha": alpha, "by_disagreement": effects},
+        mde=_mde(len(tested), n, alpha, folds),
         folds=folds,
         tuned=tuned,
     )
@@ -212,6 +210,44 @@ def _tuned(request: Request, audit: Audit, split: Sequence[SplitRow] | Folds) ->
         tested = {row.image for row in split if row.split == "test"}
     sides = ({image: audit.pixels[image] for image in images} for images in (tested, frozen))
     return tuned_part(read_settings(request.settings), facts, *sides)
+
+
+def effective_number(tested: Mapping[str, str], units: Mapping[str, str], *, balanced: bool) -> int:
+    """How many independent images would show as much as the tested ones do, rounded down.
+
+    Images of one group, and copies, count once. For balanced accuracy it is K^2 / sum_k 1 / n_k: the mean of K recalls
+    spreads as one share of that many images does, so the rarest class weighs most.
+
+    Args:
+        tested: image -> class.
+        units: image -> what it stays together with.
+        balanced: each class counts alike.
+
+    Example:
+        >>> tested = {str(i): "rare" if i < 20 else "often" for i in range(200)}
+        >>> alone = {image: image for image in tested}
+        >>> effective_number(tested, alone, balanced=False), effective_number(tested, alone, balanced=True)
+        (200, 72)
+        >>> effective_number(tested, {image: image[:-1] for image in tested}, balanced=False)
+        20
+    """
+    if not balanced:
+        return len({units[image] for image in tested})
+    of_class: dict[str, set[str]] = {}
+    for image, label in tested.items():
+        of_class.setdefault(label, set()).add(units[image])
+    return int(len(of_class) ** 2 / sum(1 / len(own) for own in of_class.values()) + 1e-9)
+
+
+def _mde(n_test: int, n: int, alpha: float, folds: Mapping[str, Any]) -> dict[str, Any]:
+    """The minimum detectable effects that a protocol keeps, of `n_test` images that are as good as n independent ones."""
+    if folds:
+        k, repeats = folds["k"], folds["repeats"]
+        effects = {str(p): detectable_by_folds(max(n, k), p, k=k, repeats=repeats, alpha=alpha) for p in DISAGREEMENT}
+    else:
+        effects = {str(p): _detectable(n, p, alpha) for p in DISAGREEMENT}
+    counted = {} if n == n_test else {"n_effective": n}
+    return {"n_test": n_test, **counted, "power": 0.8, "alpha": alpha, "by_disagreement": effects}
 
 
 def _detectable(n: int, disagreement: float, alpha: float) -> float:
@@ -244,6 +280,9 @@ def say_mde(protocol: Protocol) -> None:
         kind = (
             f"images in {folds['k']} folds x {folds['repeats']} repeats, {folds['k'] * folds['repeats']} fits an arm,"
         )
+    if "n_effective" in mde:
+        alike = " in equal classes" if protocol.metric == "balanced_accuracy" else ""
+        kind = f"{kind.removesuffix(',')}, as good as {mde['n_effective']} independent ones{alike},"
     say(
         f"protocol {protocol.sha256()[:12]}: {protocol.metric}, margin {100 * protocol.margin:.1f} points; {mde['n_test']} {kind} can show {shown or 'no difference below 20 points'}{_level(protocol)}."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
     split = make_folds(audit, **dealt) if request.preset in FOLD_PRESETS else make_split(audit, **dealt)
     protocol = make_protocol(request, audit, split)
     if space.file("protocol.yaml").is_file() and not overwrite:
+        protocol = replace(
+            protocol, mde=space.protocol.mde
+        )  # follows from the rest; an earlier version counted otherwise
         _same_protocol(space, protocol)
     else:
         write_protocol(space.out, protocol)

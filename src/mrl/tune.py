@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -120,7 +121,7 @@ def tune(
     try:
         if overwrite:
             forget(kept, name, folder)
-        if done.is_file() and _same(read_json(done), goal, bound, name):
+        if done.is_file() and _same(read_json(done), goal, bound, name, backend):
             say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
             return read_json(done)
         if executor is not None and not executor.here:
@@ -134,7 +135,7 @@ def tune(
         found = tune_document(search)
     finally:
         close_storage(kept)
-    write_json(done, {**space.stamp(), **found})
+    write_json(done, {**space.stamp(), "backend": backend, **found})
     if all(found["settings"].values()):
         say(f"for the main job: mrl poc --settings {_write_settings(space, judge, found, folder / SETTINGS_FILE)}")
     judge.clear()
@@ -212,8 +213,10 @@ def forget(storage: Any, name: str, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _same(found: dict[str, Any], goal: Goal, space: Space, name: str) -> bool:
-    return found["goal"] == plain(vars(goal)) and found["space"] == plain(space.to_dict()) and found["study"] == name
+def _same(found: dict[str, Any], goal: Goal, space: Space, name: str, backend: str) -> bool:
+    """Whether a record is that of this search; one of an earlier version does not say its backend, the study does."""
+    asked = {"goal": plain(vars(goal)), "space": plain(space.to_dict()), "study": name, "backend": backend}
+    return {"backend": backend, **{k: found[k] for k in asked if k in found}} == asked
 
 
 def _say_result(found: dict[str, Any], path: Path) -> None:
@@ -226,7 +229,8 @@ def _say_result(found: dict[str, Any], path: Path) -> None:
         say(f"{arm}: trial {number}, {100 * mean:.1f} % over fresh seeds, {ratio:.3f} of the baseline's latency")
     gap = found["difference"]
     if gap is not None:
-        points = ", ".join(f"{100 * gap[k]:+.1f}" for k in ("low", "high"))
+        ends = [gap[k] for k in ("low", "high")]
+        points = "no interval" if not all(map(math.isfinite, ends)) else ", ".join(f"{100 * end:+.1f}" for end in ends)
         say(
             f"mrl - baseline: {100 * gap['estimate']:+.1f} points ({points}) on inner validation images, not on the test side"
         )

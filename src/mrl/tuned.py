@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mrl.errors import ConfigError, MrlError
 from mrl.fit_config import FitConfig
-from mrl.run import plain, sha256_text, write_json
+from mrl.run import plain, read_json, sha256_text, write_json
 from mrl.swap import CalibrateConfig, Plan, SwapConfig, plan
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, SEARCH_FILE = "settings.json", "tune.json"
 KIND = "settings of mrl tune"
 DIGITS = 16  # of an image's hash
 SAME = ("model", "weights", "weights_sha256", "image_size", "classes")
@@ -35,6 +35,43 @@ def write_settings(path: Path, document: Mapping[str, Any], pixels: Iterable[str
     return write_json(path, {"sha256": _hash(found), **found})
 
 
+def settings_path(path: Path | str) -> Path:
+    """The file of settings that `--settings` means: itself, or the one in the run folder of the search.
+
+    Example:
+        >>> settings_path("mine/tune/settings.json").as_posix()
+        'mine/tune/settings.json'
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    inside = path / "tune" / SETTINGS_FILE
+    return inside if inside.is_file() else path / SETTINGS_FILE
+
+
+def keep_search(path: Path | str, out: Path | str) -> bool:
+    """Copies the record of the search, `tune.json` beside its settings, into a run that uses them, for its report.
+
+    A record that is in the run already stays, and one of another search than the settings' is not taken.
+
+    Args:
+        path: of `--settings`.
+        out: folder of the run.
+
+    Returns:
+        Whether it was copied.
+    """
+    told, there = settings_path(path), Path(out) / "tune" / SEARCH_FILE
+    beside = told.with_name(SEARCH_FILE)
+    if there.exists() or not beside.is_file():
+        return False
+    found, search = read_json(beside), read_settings(told)["search"]
+    if any(found.get(name) != search.get(name) for name in ("study", "protocol_sha256")):
+        return False
+    write_json(there, found)
+    return True
+
+
 def read_settings(path: Path | str) -> dict[str, Any]:
     """Reads settings: the file, or the run folder of the search.
 
@@ -48,9 +85,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         >>> read_settings(file)["seen"]
         {'n': 1, 'pixels': 'abababababababab'}
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tune" / SETTINGS_FILE if (path / "tune" / SETTINGS_FILE).is_file() else path / SETTINGS_FILE
+    path = settings_path(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["kind"] != KIND or found["schema"] > 1:

@@ -53,6 +53,7 @@ class Workspace:
 
     repeat, fold = 0, 0
     tracker = "none"  # what the rows of the fits are copied to; no number depends on it
+    alone: str | None = None  # the only arm of one hold-out that is fitted: the test images open when it is done
 
     def __init__(self, out: Path | str) -> None:
         self.out = Path(out)
@@ -194,7 +195,10 @@ class Workspace:
         )
 
     def _opened(self) -> None:
-        """Raises ConfigError while a fit is unfinished: until then nothing may look at a test image."""
+        """Raises ConfigError until every arm is fitted: before that nothing may look at a test image.
+
+        Where a caller says that one arm is fitted `alone`, that one must be done, and no other begun.
+        """
         arms = self.protocol.arms
         tested = (self.home / "predictions.csv").is_file()  # a fold that was tested keeps its records, not its weights
         done = [
@@ -202,10 +206,11 @@ class Workspace:
             for arm in arms
             if (self.arm(arm) / "model").is_dir() or (tested and (self.arm(arm) / "fit.json").is_file())
         ]
-        begun = [arm for arm in arms if arm not in done and (self.refits or self.arm(arm).is_dir())]
-        if begun or not done:
+        left = [arm for arm in arms if arm not in done]
+        begun = [arm for arm in left if self.refits or self.arm(arm).is_dir()]
+        if left and (begun or self.alone not in done):
             raise ConfigError(
-                f"{self.home}: its test images stay shut until the fits are done, and arm {(begun or arms)[0]} is not fitted "
+                f"{self.home}: its test images stay shut until the fits are done, and arm {(begun or left)[0]} is not fitted "
                 f"yet; run `mrl fit --out {self.out}` first."
             )
 

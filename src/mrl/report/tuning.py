@@ -23,10 +23,12 @@ def tuning_parts(view: View) -> list[Part]:
     parts = [text(said), side_by_side(_front(view, found), _importance(view, found)), _judged(view, found)]
     gap = found.get("difference")
     if gap:
-        low, high = (words.points(gap[k]) for k in ("low", "high"))
-        parts.append(
-            text(words("tune.difference", points=words.points(gap["estimate"]), low=low, high=high, n=gap["n"]))
-        )
+        told = {"points": words.points(gap["estimate"]), "n": gap["n"]}
+        if known(gap["low"]) and known(gap["high"]):
+            ends = {k: words.points(gap[k]) for k in ("low", "high")}
+            parts.append(text(words("tune.difference", **told, **ends)))
+        else:
+            parts.append(text(words("tune.difference_alone", **told)))
     return parts
 
 

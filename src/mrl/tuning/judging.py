@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mrl.run import plain, say
 from mrl.tuning.sampler import Distinct
-from mrl.tuning.search import ARMS, Search, outcome, run_all
+from mrl.tuning.search import ARMS, TRAINED, Search, outcome, run_all
 from mrl.tuning.settings import Settings, digest
 
 METHOD = "corrected resampled t over repeated hold-outs (Nadeau and Bengio 2003)"
@@ -107,18 +107,35 @@ def judge_again(search: Search, found: Sequence[Candidate]) -> list[dict[str, An
 
     run_all(study, len(tasks), objective, search.alive, search.poll_s)
     scores = {t.params["task"]: t for t in study.get_trials(deepcopy=False) if outcome(t) in ("trained", "failed")}
+    latencies = measure_again(search, found)
     return [
-        _record(search, study, c, [scores.get(i * n + j) for j in range(n)]) for i, c in enumerate(found)
+        _record(search, c, [scores.get(i * n + j) for j in range(n)], latencies[i]) for i, c in enumerate(found)
     ]  # tasks of a candidate follow each other
 
 
-def _record(search: Search, study: optuna.Study, c: Candidate, trials: Sequence[FrozenTrial | None]) -> dict[str, Any]:
-    """A candidate's scores, and its latency measured again where it is not the baseline itself."""
-    name = f"latency:{c.arm}-{c.number}"
-    latency = study.user_attrs.get(name)
-    if latency is None:
-        latency = plain(search.judge.latency(c.settings, careful=True))
-        study.set_user_attr(name, latency)
+def measure_again(search: Search, found: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Every candidate's latency, measured with care by one worker while the others wait: its numbers are everybody's."""
+    keys = [[c.arm, c.number, c.settings.to_dict()] for c in found]
+    study = search.study(f"latencies-{digest(keys)}", ["maximize"], Distinct({}, search.goal.seed, "random", start=1))
+
+    def objective(trial: Trial) -> float:
+        search.only(study, trial, "latencies", 1)
+        for c in found:
+            name = f"latency:{c.arm}-{c.number}"
+            if name not in study.user_attrs:  # a worker that died may have measured some
+                study.set_user_attr(name, plain(search.judge.latency(c.settings, careful=True)))
+        trial.set_user_attr("outcome", TRAINED)
+        return 0.0
+
+    run_all(study, 1, objective, search.alive, search.poll_s)
+    measured = study.user_attrs
+    return [measured[f"latency:{c.arm}-{c.number}"] for c in found]
+
+
+def _record(
+    search: Search, c: Candidate, trials: Sequence[FrozenTrial | None], latency: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A candidate's scores over the fresh seeds, and its latency as it was measured again."""
     scores = [t.values[0] if t is not None and t.state == TrialState.COMPLETE else None for t in trials]
     reasons = [t.user_attrs.get("reason") for t in trials if t is not None and t.state != TrialState.COMPLETE]
     whole = None not in scores
@@ -130,7 +147,7 @@ def _record(search: Search, study: optuna.Study, c: Candidate, trials: Sequence[
         "scores": scores,
         "mean": float(np.mean(scores)) if whole else None,
         "sd": float(np.std(scores, ddof=1)) if whole else None,
-        "latency": latency,
+        "latency": dict(latency),
         "searched_latency": dict(c.latency),
         "within_budget": c.arm == "baseline" or search.goal.within(latency),
         "reason": reasons[0] if reasons else None,
@@ -154,7 +171,8 @@ def difference(
 ) -> dict[str, Any]:
     """Mean of second - first over paired fresh seeds, with the interval that pays for overlapping training sets.
 
-    t = mean(d) / (sd(d) * sqrt(1/J + n_val/n_train)), J - 1 degrees of freedom.
+    t = mean(d) / (sd(d) * sqrt(1/J + n_val/n_train)), J - 1 degrees of freedom. Where all differences are equal, the ends
+    are NaN: no spread is no certainty.
 
     Args:
         first: scores of one arm.
@@ -170,6 +188,8 @@ def difference(
     from scipy.stats import t as student
 
     d = np.asarray(second, float) - np.asarray(first, float)
-    half = student.ppf(1 - alpha / 2, len(d) - 1) * d.std(ddof=1) * math.sqrt(1 / len(d) + val_per_train)
-    mean = float(d.mean())
-    return {"estimate": mean, "low": mean - float(half), "high": mean + float(half), "n": len(d), "method": METHOD}
+    mean, sd = float(d.mean()), float(d.std(ddof=1))
+    half = float(student.ppf(1 - alpha / 2, len(d) - 1)) * sd * math.sqrt(1 / len(d) + val_per_train)
+    if not sd > 1e-15 * max(1.0, abs(mean)):
+        half = math.nan
+    return {"estimate": mean, "low": mean - half, "high": mean + half, "n": len(d), "method": METHOD}

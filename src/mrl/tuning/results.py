@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,7 +50,7 @@ def tune_document(search: Search) -> dict[str, Any]:
         "chosen": {arm: None if row is None else row["trial"] for arm, row in chosen.items()},
         "settings": {arm: None if row is None else row["settings"] for arm, row in chosen.items()},
         "difference": gap,
-        "warnings": [*search.space.warnings(), *_warnings(search, arms, chosen)],
+        "warnings": [*search.space.warnings(), *_warnings(search, studies, arms, chosen)],
         "note": NOTE,
     }
 
@@ -99,8 +100,30 @@ def _row(search: Search, arm: str, t: Any) -> dict[str, Any]:
     }
 
 
-def _warnings(search: Search, arms: Mapping[str, Any], chosen: Mapping[str, Any]) -> Sequence[str]:
+def at_once(studies: Iterable[optuna.Study]) -> bool:
+    """Whether trials ran at the same time, each in a worker of its own; those of workers that died are not looked at.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> first, second = study.ask(), study.ask()
+        >>> told = [study.tell(trial, 0.0) for trial in (first, second)]
+        >>> at_once([study]), at_once([optuna.create_study()])
+        (True, False)
+    """
+    ended = [t for s in studies for t in s.get_trials(deepcopy=False) if t.state.is_finished()]
+    spans = sorted((t.datetime_start, t.datetime_complete) for t in ended if t.state != TrialState.FAIL)
+    return any(later < end for (_, end), (later, _) in itertools.pairwise(spans))
+
+
+def _warnings(
+    search: Search, studies: Mapping[str, optuna.Study], arms: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> Sequence[str]:
     said = []
+    if at_once(studies.values()):
+        said.append(
+            "several workers: latencies of the search were timed while others trained; those of the best were measured "
+            "again when no worker trained"
+        )
     trained = {arm: sum(arms[arm]["outcomes"].get(k, 0) for k in ("trained", "failed")) for arm in ARMS}
     for arm, n in trained.items():
         if n < search.goal.trials:
