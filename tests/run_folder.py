@@ -109,7 +109,11 @@ def _audit(story, out, data, rows, sha):
     c = story.classes
     bad = [
         {"image": f"{c[0]}/cut.jpg", "reason": "is truncated (12 bytes are missing)", "action": "skipped"},
-        {"image": f"{c[1]}/notes.png", "reason": "is not an image of a kind that is read here, whatever its name says", "action": "skipped"},
+        {
+            "image": f"{c[1]}/notes.png",
+            "reason": "is not an image of a kind that is read here, whatever its name says",
+            "action": "skipped",
+        },
     ]
     twins = [f"{c[0]}/twin.png", f"{c[1]}/twin_copy.png"]
     conflicts = [{"images": twins, "labels": [c[0], c[1]]}]

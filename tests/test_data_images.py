@@ -254,7 +254,7 @@ def test_read_image__postscript_is_not_opened(tmp_path, monkeypatch):
 
 
 def test_read_image__counts_no_pages(tmp_path, monkeypatch):
-    """Pillow takes minutes for 100,000 of them."""
+    """The time that Pillow takes to count them grows with the square of their number."""
     pages = [Image.fromarray(np.full((4, 4), n, np.uint8)) for n in range(3)]
     path = save(tmp_path / "a.tif", pages[0], save_all=True, append_images=pages[1:])
     assert decode(path.read_bytes()).frames == 3

@@ -298,6 +298,14 @@ def test_open_runtime__an_archive_that_can_run_code_is_refused(archive, tmp_path
 
 
 def test_open_runtime__not_an_archive(tmp_path):
+    cut = tmp_path / "cut.pt2"
+    with zipfile.ZipFile(cut, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("a/data/weights/model_weights_config.json", b"{}" * 99)
+    data = bytearray(cut.read_bytes())
+    data[80:90] = b"\xff" * 10  # inside what is packed: zlib's own error
+    cut.write_bytes(data)
+    with pytest.raises(ConfigError, match="or is damaged"):
+        open_runtime(cut)
     (tmp_path / "none.pt2").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match=r"not a torch\.export archive"):
         open_runtime(tmp_path / "none.pt2")

@@ -36,8 +36,8 @@ def predict(
 ) -> dict[str, Any]:
     """Predicts images with an exported file and writes one row an image: image, prediction, p_<class>..., error.
 
-    Rows are sorted by name within each source that is given; standard input keeps its order. An image that cannot be read has its reason under `error`
-    and no answer; none is left out. What is done lies in `<out>.part` until the table is whole: the same call goes on from there
+    Rows are sorted by name within each source that is given; standard input keeps its order. An image that cannot be read
+    has its reason under `error` and no answer; none is left out. What is done lies in `<out>.part` until the table is whole: the same call goes on from there
     after a kill, and gives the same table. Memory does not grow with the number of images, but for their names.
 
     Args:

@@ -126,11 +126,10 @@ def export_step(
         arm = decided.get("arm", MRL) if decided["decision"] == "go" else BASELINE
     protocol, chosen = space.protocol, space.arms[check_arm(arm, space.protocol.arms)]
     test = space.image_set("test", arm=arm)
-    images: Any = _of_every_kind(space, arm) if precision == "fp32" else test
+    images: Any = _of_every_kind(space, arm, test) if precision == "fp32" else test
     lossy = Lossy(precision, max_drop)
     if precision != "fp32":
-        refitted = bool(protocol.folds)
-        judges = test if refitted or precision == "int8" else space.image_set("val", "test", arm=arm)
+        judges = test if protocol.folds or precision == "int8" else space.image_set("val", "test", arm=arm)
         images, more = judges, {}
         if precision == "int8":
             train, val = space.image_set("train", arm=arm), space.image_set("val", arm=arm)
@@ -233,17 +232,23 @@ def _proved(parity: dict[str, Any]) -> str:
     )
 
 
-def _of_every_kind(space: Workspace, arm: str) -> list[torch.Tensor]:
+def _of_every_kind(space: Workspace, arm: str, test: ImageSet) -> list[torch.Tensor]:
     """Test images for the proof in float32, which estimates nothing: evenly spread, and one of every size and mode of the data set.
 
     A kind that the test side does not have is shown by an image of another side.
     """
-    every = space.image_set("test", "train", "val", arm=arm)
-    tests = {sample.image for sample in space.image_set("test", arm=arm).samples}
-    order = sorted(range(len(every)), key=lambda i: every.samples[i].image not in tests)  # stable: the test side first
-    files = [space.audit.files[every.samples[i].image] for i in order]
-    rows = _varied([(file.size, file.mode) for file in files], PARITY_IMAGES, among=len(tests))
-    return [every[order[row]]["image"] for row in rows]
+
+    def kinds(images: ImageSet) -> list[tuple[str, str]]:
+        files = [space.audit.files[sample.image] for sample in images.samples]
+        return [(file.size, file.mode) for file in files]
+
+    rest, tested = space.image_set("train", "val", arm=arm), kinds(test)
+    found, images = set(tested), [test[i]["image"] for i in _varied(tested, PARITY_IMAGES)]
+    for i, kind in enumerate(kinds(rest)):
+        if kind not in found:
+            found.add(kind)
+            images.append(rest[i]["image"])
+    return images
 
 
 def _without_folder(name: str | None) -> str | None:
@@ -266,17 +271,17 @@ class _Items(Sequence):
         return self.images[row]["image"]
 
 
-def _varied(kinds: Sequence[Any], most: int, among: int | None = None) -> list[int]:
-    """Indices of one of every kind (size and mode of the file), and evenly over the first `among` up to `most`.
+def _varied(kinds: Sequence[Any], most: int) -> list[int]:
+    """Indices of one of every kind (size and mode of the file), however many, and evenly over all up to `most`.
 
     Example:
-        >>> _varied(["L", "L", "L", "L", "RGB"], 2, among=4)
-        [0, 4]
+        >>> _varied(["L", "L", "L", "L", "RGB"], 2), _varied(["L", "RGB", "1"], 2)
+        ([0, 4], [0, 1, 2])
     """
     first: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
         first.setdefault(kind, index)
-    rows = dict.fromkeys([*first.values(), *_spread(len(kinds) if among is None else among, most)])
+    rows = dict.fromkeys([*first.values(), *_spread(len(kinds), most)])
     return sorted(list(rows)[: max(most, len(first))])
 
 

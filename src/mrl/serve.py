@@ -146,7 +146,8 @@ def make_app(model: Predictor, *, token: str | None = None, limits: Limits | Non
 
     `POST /predict` takes the bytes of one image file. `POST /v2/models/mrl/infer` takes the protocol's JSON with one
     input "image", datatype BYTES, whose data are image files in base64. `GET /v2`, `/v2/health/live`, `/v2/health/ready`,
-    `/v2/models/mrl` and `/v2/models/mrl/ready` say what is there. With a token everything but the two health paths wants `Authorization: Bearer`.
+    `/v2/models/mrl` and `/v2/models/mrl/ready` say what is there. With a token everything but the two health paths wants
+    `Authorization: Bearer`.
 
     Args:
         model: an opened file.

@@ -66,9 +66,8 @@ def begin(space: Workspace, request: Request, *, overwrite: bool = False) -> Wor
     split = make_folds(audit, **dealt) if request.preset in FOLD_PRESETS else make_split(audit, **dealt)
     protocol = make_protocol(request, audit, split)
     if space.file("protocol.yaml").is_file() and not overwrite:
-        protocol = replace(
-            protocol, mde=space.protocol.mde
-        )  # follows from the rest; an earlier version counted otherwise
+        # The effects follow from the rest, and an earlier version counted them otherwise.
+        protocol = replace(protocol, mde=space.protocol.mde)
         _same_protocol(space, protocol)
     else:
         write_protocol(space.out, protocol)

@@ -215,11 +215,10 @@ def _judge_lower(
     layers = blame()
     moved = float(np.abs(found[:n] - expected[:n]).sum(1).mean() / 2)
     seen = f"{100 * drop.estimate:.1f} points (up to {100 * drop.high:.1f}, one-sided 95 %)"
-    more = (
-        ""
-        if flips
-        else f"; about {_images_needed(max_drop, target, metric)} images would be needed to show it without a flip"
-    )
+    more = ""
+    if not flips:
+        needed = _images_needed(max_drop, target, metric)
+        more = f"; about {needed} images would be needed to show it without a flip"
     raise ParityError(
         f"{precision} drops {metric.replace('_', ' ')} by {seen} on {n} images, {flips} decisions changed; allowed: "
         f"{100 * max_drop:.1f} points{_named(returned, layers, moved)}{more}; nothing was written: use fp32, more images, or "

@@ -54,7 +54,7 @@ def quantise(source: Path, kind: str, images: Sequence[Tensor], accuracy: Accura
     """An int8 model of the backend `kind` ("onnx" or "openvino") from an ONNX file in float32.
 
     The weights use half of the range of int8. A processor without VNNI adds two products of 8 bits in 16, which overflow with
-    the whole range: the same file would then answer differently, in silence, on another machine than the one that made it.
+    the whole range: a file would then answer otherwise there than where it was proved.
 
     Args:
         source: the float32 file, input "image".
