@@ -109,6 +109,20 @@ def test_measure__compiled():
     assert found["rows"][0]["models"]["net"]["latency_ms_median"] > 0
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_measure__memory_and_cold_start_of_a_model_in_pytorch(backend):
+    models = {"net": timm.create_model("test_vit", img_size=48, num_classes=2).eval(), "mine": Slow(1)}
+    found = measure_side_by_side(models, images=photos(), backends=[backend], sizes=[48], threads=[1], **QUICK)
+    net, mine = (found["rows"][0]["models"][name] for name in models)
+    assert net["cold_start_s"] > 0.02
+    assert net["peak_memory_mb"] > 50
+    assert (mine["cold_start_s"], mine["peak_memory_mb"]) == (None, None)
+    assert mine["latency_ms_median"] > 0
+    (missing,) = found["not_measured"]
+    assert missing["model"] == "mine"
+    assert missing["reason"].startswith("no memory and cold start of a fresh process: ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

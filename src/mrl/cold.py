@@ -32,6 +32,15 @@ torch.set_num_threads(threads)
 with torch.inference_mode():
     torch.export.load(path).module()(torch.from_numpy(pixels))
 """,
+    "": """
+import torch, mrl
+from mrl.deploy.formats import lowered
+torch.set_num_threads(threads)
+model = lowered(mrl.load(path), sys.argv[4])
+model = torch.compile(model, dynamic=False) if sys.argv[5] == "compile" else model
+with torch.inference_mode():
+    model(torch.from_numpy(pixels))
+""",
 }
 _END = """
 peak = None
@@ -46,15 +55,16 @@ print(json.dumps(peak))
 
 
 def cold_start(
-    model_file: Path | str, image_file: Path | str, *, threads: int, precision: str = "f32"
+    model_file: Path | str, image_file: Path | str, *, threads: int, precision: str = "f32", backend: str = "eager"
 ) -> dict[str, float | None]:
     """Seconds from starting a process to its first answer, and its peak resident memory in MB of 1e6 bytes.
 
     Args:
-        model_file: `.onnx`, `.xml` or `.pt2`.
+        model_file: `.onnx`, `.xml` or `.pt2`, or a folder of `mrl.save`.
         image_file: a `.npy` file with its input.
         threads: of the runtime.
-        precision: the hint for OpenVINO.
+        precision: the hint for OpenVINO; of a folder "fp32", "fp16" or "bf16".
+        backend: of a folder "eager" or "compile".
 
     Returns:
         cold_start_s and peak_memory_mb; both None where the file does not run, memory None where the system does not tell.
@@ -64,7 +74,7 @@ def cold_start(
         {'cold_start_s': None, 'peak_memory_mb': None}
     """
     code = _START + _BODY[Path(model_file).suffix] + _END
-    command = [sys.executable, "-c", code, str(model_file), str(image_file), str(threads), precision]
+    command = [sys.executable, "-c", code, str(model_file), str(image_file), str(threads), precision, backend]
     begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     seconds = time.monotonic() - begin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import tempfile
 import time
@@ -18,19 +17,19 @@ from torch.nn import functional
 
 from mrl import run
 from mrl.cold import cold_start
-from mrl.deploy.formats import Lower, write_format
-from mrl.deploy.onnx import one_line, plain_float
+from mrl.deploy.formats import PRECISIONS, lowered, write_format
+from mrl.deploy.onnx import one_line
 from mrl.deploy.parity import is_flat
 from mrl.deploy.runtimes import PRECISION_HINTS, open_runtime
-from mrl.errors import ConfigError
+from mrl.errors import ConfigError, MrlError
 from mrl.macs import image_pair
 from mrl.measure import DECIDING_BLOCKS, at_image_size
 from mrl.stats import latency_verdict, ratio_of_medians
+from mrl.swap import save
 from mrl.timing import interleave, joules, schedule, summary, warm_up
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 FILES = {"onnxruntime": ".onnx", "openvino": ".xml", "eager": ".pt2"}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _cases(
         raise ConfigError("measure: give one model or more.")
     for flag, given, known in (
         ("--backend", backends, BACKENDS),
-        ("--precision", precisions, ("fp32", *DTYPES, "int8")),
+        ("--precision", precisions, PRECISIONS),
     ):
         unknown = [value for value in given if value not in known]
         if unknown or not given:
@@ -182,7 +181,11 @@ class _Bench:
                 measured = interleave(calls, blocks=blocks, calls_per_block=each)
             models = {name: summary(measured[name], case.batch) for name in calls}
             for name in calls:
-                models[name] |= self._cold(name, case, files[name])
+                try:
+                    models[name] |= self._cold(name, case, files[name])
+                except MrlError as error:
+                    models[name] |= {"peak_memory_mb": None, "cold_start_s": None}
+                    reasons[name] = f"no memory and cold start of a fresh process: {one_line(error)}"
             first = next(iter(calls))
             for name in list(calls)[1:]:
                 ratio = ratio_of_medians(np.asarray(measured[first]), np.asarray(measured[name]), seed=seed)
@@ -204,11 +207,9 @@ class _Bench:
             runtime = open_runtime(path, threads=case.threads)
             arrays = [batch.numpy() for batch in batches]
             return _Timed(lambda i: runtime(arrays[i % len(arrays)])), path
-        model = plain_float(at_image_size(subject, case.size))
         if case.precision == "int8":
             raise ConfigError("int8 is made for ONNX Runtime and OpenVINO.")
-        if case.precision in DTYPES:
-            model = Lower(copy.deepcopy(model), DTYPES[case.precision]).eval()
+        model = lowered(at_image_size(subject, case.size), case.precision)
         compiled = torch.compile(model, dynamic=False) if case.backend == "compile" else model
 
         @torch.inference_mode()
@@ -253,16 +254,28 @@ class _Bench:
         return self.files[key]
 
     def _cold(self, name: str, case: Case, path: Path | None) -> dict[str, float | None]:
+        """Of a fresh process that opens the file, or the folder of `mrl.save` of a model that PyTorch runs itself."""
+        told = {"threads": case.threads, "precision": PRECISION_HINTS.get(case.precision, "f32")}
         if path is None:
-            return {"peak_memory_mb": None, "cold_start_s": None}
-        key = (path, case.size, case.threads)
+            path = self._folder(name, case.size)
+            told |= {"precision": case.precision, "backend": case.backend}
+        key = (path, case.size, *told.values())
         if key not in self.cold:
             image = self.folder / "image.npy"
             np.save(image, self._batches(Case(case.backend, case.precision, 1, case.size, 1))[0].numpy())
-            self.cold[key] = cold_start(
-                path, image, threads=case.threads, precision=PRECISION_HINTS.get(case.precision, "f32")
-            )
+            self.cold[key] = cold_start(path, image, **told)
+        if self.cold[key]["cold_start_s"] is None:
+            raise ConfigError("it does not run there")
         return self.cold[key]
+
+    def _folder(self, name: str, size: tuple[int, int]) -> Path:
+        """A model as `mrl.save` writes it.
+
+        Raises:
+            SwapError: a model that says too little of itself to be built in another process.
+        """
+        path = self.folder / f"saved{list(self.subjects).index(name)}x{size[0]}x{size[1]}"
+        return path if path.is_dir() else save(at_image_size(self.subjects[name], size), path)
 
 
 class _Timed:

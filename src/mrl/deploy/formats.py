@@ -97,11 +97,11 @@ def write_format(
     check_choice(kind, precision)
     notes = {**(metadata or {}), "precision": precision, "format": kind}
     if kind == "torch-export":
-        return _torch_export(_lowered(model, precision), path, image_pair(image_size), notes)
+        return _torch_export(lowered(model, precision), path, image_pair(image_size), notes)
     with tempfile.TemporaryDirectory() as folder:
         source = path if kind == "onnx" and precision == "fp32" else Path(folder) / "model.onnx"
-        lowered = _lowered(model, precision) if kind == "onnx" else plain_float(model)
-        to_onnx(lowered, source, image_size, metadata=notes, as_float=False)
+        source_model = lowered(model, precision) if kind == "onnx" else plain_float(model)
+        to_onnx(source_model, source, image_size, metadata=notes, as_float=False)
         if precision == "int8":
             from mrl.deploy.quantise import quantise
 
@@ -115,8 +115,17 @@ def write_format(
     return path
 
 
-def _lowered(model: nn.Module, precision: str) -> nn.Module:
-    """The model in eval mode and this precision, on the CPU; int8 starts from float32."""
+def lowered(model: nn.Module, precision: str) -> nn.Module:
+    """The model in eval mode and this precision, on the CPU; int8 starts from float32.
+
+    Args:
+        model: gives logits; it is not altered.
+        precision: "fp32", "fp16", "bf16" or "int8".
+
+    Example:
+        >>> lowered(nn.Linear(1, 1), "fp32").training
+        False
+    """
     plain = plain_float(model)
     if precision in ("fp32", "int8"):
         return plain
