@@ -26,7 +26,7 @@ from mrl.macs import count
 from mrl.run import environment, progress, say, write_json
 from mrl.stats import ratio_of_medians
 from mrl.timing import interleave, summary, warm_up
-from subjects import OURS, PEERS, Call, NotRunError, as_call, build
+from subjects import DTYPES, OURS, PEERS, Call, NotRunError, as_call, build
 from table import write_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,6 +45,7 @@ class Plan:
 
     def __init__(self, device: str = "cpu", blocks: int = 15, quick: bool = False) -> None:
         self.device, self.blocks, self.quick = device, 2 if quick else blocks, quick
+        self.size, self.side = (64, 128) if quick else (224, 1024)
 
     def images(self, batch: int, size: int) -> Tensor:
         """Normal noise, the same every time."""
@@ -93,12 +94,13 @@ def group(
     subjects: list[tuple[str, str, str, str]],
     *,
     batch: int = 1,
-    size: int = 224,
+    size: int | None = None,
     yardstick: str | None = None,
 ) -> Rows:
     """One group of networks: (name, form, runtime, precision) each; what cannot run is a row that says why."""
+    size = size or plan.size
     images = plan.images(batch, size)
-    rates = {p: gemm_gflops(plan.device, d) for p, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    rates = {p: gemm_gflops(plan.device, DTYPES[p], plan.side) for p in {row[3] for row in subjects}}
     arms: dict[str, tuple[Call, dict[str, Any]]] = {}
     failed = []
     for name, form, runtime, precision in subjects:
@@ -118,7 +120,7 @@ def networks(plan: Plan) -> Rows:
     """Batch 1 at 224 x 224, a group for each runtime and number format; the literal form is in every one."""
     rows: Rows = []
     base = ("literal", "plain", "eager", "fp32")
-    peers = PEERS[:1] if plan.quick else PEERS
+    peers, own = (PEERS[2:3], OURS[:1]) if plan.quick else (PEERS, OURS)
     kinds = [("eager", "fp32"), ("eager", "bf16"), ("compile", "fp32"), ("compile", "bf16")]
     if plan.device == "cpu":
         kinds += [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
@@ -126,7 +128,7 @@ def networks(plan: Plan) -> Rows:
         kinds += [("graphs", "fp32"), ("graphs", "bf16")]
     for runtime, precision in kinds[:1] + kinds[-1:] if plan.quick else kinds:
         forms = ("plain", "folded") if runtime == "eager" else ("folded",)
-        ours = [(name, form, runtime, precision) for name in OURS for form in forms]
+        ours = [(name, form, runtime, precision) for name in own for form in forms]
         others = [(name, "plain", runtime, precision) for name in peers]
         if runtime == "compile":  # a minute each
             ours, others = ours[:1], []
@@ -137,7 +139,7 @@ def networks(plan: Plan) -> Rows:
 def resolution(plan: Plan) -> Rows:
     """Batch 1 from 224 to 1,024 pixels, eager; the yardstick is ViT-S/16 of the same size and format."""
     rows: Rows = []
-    sizes = (224, 448) if plan.quick else (224, 384, 512, 768, 1024)
+    sizes = (64, 96) if plan.quick else (224, 384, 512, 768, 1024)
     vit = [("vit_small_patch16_224", "plain"), ("vit_small + mrl", "plain")]
     rest = [(name, "folded") for name in OURS] + [("swin_tiny_patch4_window7_224", "plain"), ("convnext_tiny", "plain")]
     for size in sizes:
@@ -156,7 +158,7 @@ def batches(plan: Plan) -> Rows:
     rows: Rows = []
     subjects = [("swin_tiny_patch4_window7_224", "plain"), ("convnext_tiny", "plain"), *((n, "folded") for n in OURS)]
     for precision in ("fp32", "bf16"):
-        for batch in (1, 2) if plan.quick else (1, 4, 16, 64):
+        for batch in (1, 2)[: 1 + (precision == "fp32")] if plan.quick else (1, 4, 16, 64):
             short = Plan(plan.device, 15 if batch < 16 else 3, plan.quick)
             arms = [(n, f, "eager", precision) for n, f in (subjects[2:3] if plan.quick else subjects)]
             found = group(short, arms, batch=batch)
@@ -170,8 +172,8 @@ STAGES = {"stage 1": (64, 1, 4, 1, 56), "stage 2": (192, 3, 4, 3, 28), "stage 3"
 def mixers(plan: Plan) -> Rows:
     """One mixer of each stage of mrl_13, batch 1 and 16, inference: literal, plain and folded."""
     rows: Rows = []
-    rate = gemm_gflops(plan.device, torch.float32)
-    for (stage, (dim, heads, region, local, side)), batch in ((s, b) for s in STAGES.items() for b in (1, 16)):
+    rate = gemm_gflops(plan.device, torch.float32, plan.side)
+    for (stage, (dim, heads, region, local, side)), batch in ((s, b) for s in STAGES.items() for b in ((1,) if plan.quick else (1, 16))):
         written = literal.Mixer(dim, heads, region, local).to(plan.device).eval()
         x = plan.images(batch, side)[:, :1].permute(0, 2, 3, 1).repeat(1, 1, 1, dim)
         arms = {"literal": (_forward(written, x.flatten(1, 2), side), {"gemm_gflops": rate})}

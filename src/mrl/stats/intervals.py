@@ -52,11 +52,11 @@ class DeLong:
 
 def normal_quantile(alpha: float, who: str) -> float:
     """The two-sided normal quantile of `alpha`; raises ConfigError unless 0 < alpha < 1."""
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     if not 0 < alpha < 1:
         raise ConfigError(f"{who}: alpha={alpha} is not between 0 and 1; use 0.05 for 95 % intervals.")
-    return float(norm.ppf(1 - alpha / 2))
+    return float(-ndtri(alpha / 2))
 
 
 def wilson(successes: float, n: float, alpha: float = 0.05) -> Interval:

@@ -145,13 +145,15 @@ class Locks(Beats):
         return self.folder / digest([study.study_name, trial.number, str(trial.datetime_start)])
 
 
-def signs_of_life(storage: str | None, folder: Path, *, beat_s: float = BEAT_S, grace_s: float = GRACE_S) -> Beats:
+def signs_of_life(
+    storage: str | None, folder: Path, *, beat_s: float | None = None, grace_s: float = GRACE_S
+) -> Beats:
     """What workers of a storage give and watch: locks beside a journal file, beats in a database.
 
     Args:
         storage: as `open_storage` takes it.
         folder: of the search.
-        beat_s: seconds between two beats.
+        beat_s: seconds between two beats; None is 30, or a quarter of a shorter `grace_s`.
         grace_s: seconds without one after which a trial is dead.
 
     Example:
@@ -159,6 +161,6 @@ def signs_of_life(storage: str | None, folder: Path, *, beat_s: float = BEAT_S, 
         'Beats'
     """
     if fcntl is None or (storage is not None and "://" in storage):
-        return Beats(beat_s, grace_s)
+        return Beats(min(BEAT_S, grace_s / 4) if beat_s is None else beat_s, grace_s)
     journal = folder / "journal.log" if storage is None else Path(storage)
     return Locks(journal.with_name(journal.name + ".alive"), grace_s)
