@@ -173,7 +173,9 @@ def mixers(plan: Plan) -> Rows:
     """One mixer of each stage of mrl_13, batch 1 and 16, inference: literal, plain and folded."""
     rows: Rows = []
     rate = gemm_gflops(plan.device, torch.float32, plan.side)
-    for (stage, (dim, heads, region, local, side)), batch in ((s, b) for s in STAGES.items() for b in ((1,) if plan.quick else (1, 16))):
+    for (stage, (dim, heads, region, local, side)), batch in (
+        (s, b) for s in STAGES.items() for b in ((1,) if plan.quick else (1, 16))
+    ):
         written = literal.Mixer(dim, heads, region, local).to(plan.device).eval()
         x = plan.images(batch, side)[:, :1].permute(0, 2, 3, 1).repeat(1, 1, 1, dim)
         arms = {"literal": (_forward(written, x.flatten(1, 2), side), {"gemm_gflops": rate})}

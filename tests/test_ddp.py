@@ -58,6 +58,17 @@ def worker(folder: str, case: str, model: str = "test_vit", kill: str = "0") -> 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         fit_loop.Loop._step = stop
+    step_once = fit_loop.Loop._step
+
+    def keep(self, batch):
+        """Notes the share of weights, average and moments that this process has."""
+        step_once(self, batch)
+        tensors = [p for m in (self.model, self.ema and self.ema.module) if m for p in m.parameters()]
+        tensors += [v for s in self.optimizer.state.values() for v in s.values() if v.ndim]
+        here = sum(getattr(t, "to_local", lambda t=t: t)().numel() for t in tensors)
+        Path(folder, f"share-{self.rank}").write_text(str(here / sum(t.numel() for t in tensors)))
+
+    fit_loop.Loop._step = keep
     sides = [ImageSet(make_samples(Path(folder), n, seed), ("a", "b"), SHAPE) for n, seed in ((26, 1), (15, 2))]
     try:
         told = {"features": Path(folder) / "features"}
@@ -69,8 +80,8 @@ def worker(folder: str, case: str, model: str = "test_vit", kill: str = "0") -> 
     leave_launch()
 
 
-def launch(folder: Path, case: str, *more: str, n: int = 2) -> subprocess.CompletedProcess:
-    """The fit in n processes of torchrun (on the CPU), or in one without it."""
+def launch(folder: Path, case: str, *more: str, n: int = 2, fsdp: bool = False) -> subprocess.CompletedProcess:
+    """The fit in n processes of torchrun (on the CPU), or in one without it; its network in pieces with `fsdp`."""
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     run = [
@@ -87,6 +98,7 @@ def launch(folder: Path, case: str, *more: str, n: int = 2) -> subprocess.Comple
     ]
     words = [sys.executable, *(run if n > 1 else []), str(folder / "worker.py"), str(HERE), str(folder), case, *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    env |= {"ACCELERATE_USE_FSDP": "true"} if fsdp else {}
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=env)
 
 
@@ -125,30 +137,33 @@ def furthest(one: Path, other: Path) -> float:
     [("weighted", "test_vit"), ("mixed", "test_vit"), ("scratch", "test_vit"), ("weighted", "test_mrl")],
 )
 def test_ddp__two_processes_are_one(tmp_path, case, model):
-    one, two = launch(tmp_path / "one", case, model, n=1), launch(tmp_path / "two", case, model)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    print(case, same(tmp_path / "one", tmp_path / "two"))
-    assert two.stderr.count("inner validation accuracy") == one.stderr.count("inner validation accuracy") > 3
-    assert sorted(p.name for p in (tmp_path / "two/out").iterdir()) == sorted(
-        p.name for p in (tmp_path / "one/out").iterdir()
-    )
+    one = launch(tmp_path / "one", case, model, n=1)
+    assert one.returncode == 0, one.stderr
+    names = sorted(p.name for p in (tmp_path / "one/out").iterdir())
+    for fsdp in (False, True)[: 2 if case == "weighted" else 1]:
+        folder = tmp_path / ("pieces" if fsdp else "two")
+        two = launch(folder, case, model, fsdp=fsdp)
+        assert two.returncode == 0, two.stderr
+        print(case, fsdp, same(tmp_path / "one", folder))
+        assert two.stderr.count("inner validation accuracy") == one.stderr.count("inner validation accuracy") > 3
+        assert sorted(p.name for p in (folder / "out").iterdir()) == names
+        kept = [float((folder / f"share-{rank}").read_text()) for rank in range(2)]
+        assert kept == (pytest.approx([0.5, 0.5], abs=0.05) if fsdp else [1, 1])
 
 
 @pytest.mark.slow
-def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_processes(tmp_path):
+@pytest.mark.parametrize("first", ["whole", "pieces"])
+def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_processes(tmp_path, first):
+    """A launch in pieces goes on from the checkpoint of one that was not, and one process from that of pieces."""
     assert launch(tmp_path / "one", "weighted", n=1).returncode == 0
     folder = tmp_path / "two"
-    assert launch(folder, "weighted", "test_vit", "7").returncode != 0
+    assert launch(folder, "weighted", "test_vit", "7", fsdp=first == "pieces").returncode != 0
     assert (folder / "out/checkpoint/state.safetensors").is_file()
     assert not (folder / "out/fit.json").exists()
-    done = launch(folder, "weighted")
+    done = launch(folder, "weighted", n=1) if first == "pieces" else launch(folder, "weighted", fsdp=True)
     assert done.returncode == 0, done.stderr
     assert "goes on after update" in done.stderr
     same(tmp_path / "one", folder)
-    alone = tmp_path / "alone"
-    assert launch(alone, "weighted", "test_vit", "7").returncode != 0
-    assert launch(alone, "weighted", n=1).returncode == 0
-    same(tmp_path / "one", alone)
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import optuna
 import psutil
 import pytest
 
-from mrl.cli import main
 from mrl.tuning.search import outcome
 from mrl.tuning.storage import close_storage, open_storage
 from postgres import binaries, cluster
+from test_folds import opened
 from test_poc import draw
 from test_tune import account, wait
 
@@ -42,10 +42,9 @@ ASKED = [
 @pytest.mark.slow
 def test_tune__two_ray_workers_on_postgresql_finish_when_one_is_killed(tmp_path):
     data, out = draw(tmp_path / "data", classes=("blank", "dot")), tmp_path / "run"
-    about = ["--model", "test_vit", "--data", str(data), "--image-size", "32"]
-    assert main(["split", "--out", str(out), *about]) == 0
+    opened(data, out, "quick", min_updates=20)
     with cluster() as url:
-        words = [sys.executable, "-m", "mrl", "tune", "--out", str(out), *ASKED, "--seconds", "0.3"]
+        words = [sys.executable, "-m", "mrl", "tune", "--out", str(out), *ASKED, "--seconds", "0.3", "--grace", "20"]
         words += ["--storage", url, "--executor", "ray", "--workers", "2"]
         said = (tmp_path / "said").open("w")
         driver = subprocess.Popen(words, stderr=said, stdout=said, env={**os.environ, "OMP_NUM_THREADS": "1"})

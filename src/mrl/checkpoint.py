@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mrl.errors import ConfigError
+from mrl.fsdp import piece, whole
 from mrl.run import plain, writing
 
 SCHEMA = 1
@@ -109,7 +110,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         ['0.exp_avg', '0.exp_avg_sq', '0.step']
     """
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    return whole({f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -125,15 +126,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         True
     """
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = piece(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's tensors on the CPU."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
+    """A copy of a model's tensors on the CPU; of one in pieces all processes ask for it at once, and each gets the whole."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in whole(model.state_dict()).items()}
 
 
 def _own(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One network on all processes of a launch: torch's DistributedDataParallel, and what must hold for it."""
+"""One network on all processes of a launch: torch's DistributedDataParallel, and what must hold for it and FSDP."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mrl.errors import ConfigError
+from mrl.ranks import in_pieces
 from mrl.run import world
 
 
@@ -55,7 +56,7 @@ def spread(
 ) -> tuple[nn.Module, Callable[[], None]]:
     """The network whose gradients are those of all processes, and a function that leaves the model as it was.
 
-    Alone that is the model itself. On GPUs batch norms that are neither frozen nor held count the images of all processes
+    Alone that is the model itself, and so it is where `mrl.fsdp` will cut it. On GPUs batch norms that are neither frozen nor held count the images of all processes
     (SyncBatchNorm) until the function is called.
 
     Args:
@@ -90,5 +91,7 @@ def spread(
         for parent, name, child in norms:
             setattr(parent, name, child.train(model.training))
 
+    if in_pieces():
+        return model, undo
     where = None if device.type == "cpu" else [device]
     return nn.parallel.DistributedDataParallel(model, device_ids=where, static_graph=True), undo

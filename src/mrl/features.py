@@ -1,17 +1,59 @@
-"""Features of an untouched network on disk, so that two fits of one start compute them once."""
+"""What a network says of each image of a side; features on disk, so that two fits of one start compute them once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mrl.data.loading import ImageSet, make_loader
+from mrl.ranks import gather, in_pieces
 from mrl.run import writing
+
+BATCH = 64
+
+
+def collect(side: ImageSet, forward: Callable[[Tensor], Tensor], name: str, accelerator: Any) -> dict[str, Tensor]:
+    """What `forward` gives for each image of a side, on the CPU, with label and weight; in the accelerator's precision.
+
+    The processes share the side; every one gets all of it, in the side's order.
+
+    Args:
+        side: N images, at least as many as there are processes.
+        forward: of a network in eval mode: images (B, C, H, W) to (B, ...).
+        name: of what it gives.
+        accelerator: accelerate's, of the fit.
+
+    Returns:
+        `name`, "label" and "weight", N rows each.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    parts: dict[str, list[Tensor]] = {name: [], "index": [], "label": [], "weight": []}
+    mine = side
+    if world > 1:
+        mine = ImageSet(side.samples[rank::world], side.classes, side.preprocess, cache=side.cache)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            return forward(images.to(accelerator.device)).float().cpu()
+
+    for batch in make_loader(mine, BATCH):
+        parts[name].append(answer(batch["image"]))
+        parts["index"].append(batch["index"] * world + rank)
+        parts["label"].append(batch["label"])
+        parts["weight"].append(batch["weight"])
+    if in_pieces() and len(parts["index"]) < math.ceil(math.ceil(len(side) / world) / BATCH):
+        answer(batch["image"][:1])  # others have one batch more, and a network in pieces answers only where all ask
+    whole = {k: gather(torch.cat(v)) for k, v in parts.items()}
+    order = whole.pop("index").argsort()
+    return {k: v[order] for k, v in whole.items()}
 
 
 def read_features(path: Path | str, images: Sequence[str], precision: str) -> Tensor | None:

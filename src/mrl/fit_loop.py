@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,15 +23,16 @@ from mrl.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from mrl.data.loading import ImageSet, collate, make_loader
+from mrl.data.loading import ImageSet, collate
 from mrl.data.transforms import Augment, make_augment
 from mrl.ddp import check_batch, spread
 from mrl.errors import ConfigError
-from mrl.features import add_features, read_features
+from mrl.features import add_features, collect, read_features
 from mrl.fit_config import FitConfig, FitResult, check_same, planned_updates
-from mrl.mixing import mix_batch
+from mrl.fsdp import cut_, whole
+from mrl.mixing import mix_batch, seed_of
 from mrl.optimizer import cosine, freeze_, make_accelerator, parameter_groups, train_mode_
-from mrl.ranks import equal_, gather, share, shares, total
+from mrl.ranks import equal_, gather, in_pieces, share, shares, total
 from mrl.run import environment, progress, say, write_json, writing
 from mrl.tasks.classification import Classification, class_weights
 from mrl.tracking import Track, Tracking
@@ -83,20 +84,16 @@ class Loop:
         balanced = metric != "accuracy" if config.class_balance is None else config.class_balance
         weights = class_weights(train.labels, classes) if balanced else None
         self.task = Classification(classes, weights, config.label_smoothing, config.use_confidence, metric)
-        layers = [[name for name, _ in group] for group in model.layer_groups()]
-        self.frozen = freeze_(model, layers, config.freeze)
-        groups = parameter_groups(
-            model, layers, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay
-        )
+        self.layers = [[name for name, _ in group] for group in model.layer_groups()]
+        self.frozen = freeze_(model, self.layers, config.freeze)
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, lr=config.lr))
         self.per_epoch = math.ceil(len(train) / config.batch_size)
         self.updates = planned_updates(config, len(train))
-        rates = {"min_lr": config.min_lr * config.lr, "warmup_lr": config.warmup_lr * config.lr}
-        self.schedule = cosine(self.optimizer, self.updates, warmup=config.warmup, cooldown=config.cooldown, **rates)
+        self._optimize()
         self.mixes = bool(config.mixup or config.cutmix)
         check_batch(self.arm, len(train) // self.per_epoch, self.world, pairs=self.mixes)
         self.network, self.undo = spread(model, self.device, self.arm, hold=config.holds_norms)
+        self.plain = model
         self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
         self.update, self.seconds, self.since = 0, 0.0, time.monotonic()
         self.candidates: list[dict[str, Any]] = []
@@ -104,6 +101,25 @@ class Loop:
         self.waited = 0
         self.probe_strength: float | None = None
         self.seen: dict[str, list[Tensor]] = {"logits": [], "label": [], "weight": []}
+
+    def _optimize(self) -> None:
+        """AdamW and its schedule over what is trained."""
+        c = self.config
+        told = {"lr": c.lr, "layer_decay": c.layer_decay, "weight_decay": c.weight_decay}
+        groups = parameter_groups(self.model, self.layers, **told)
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, lr=c.lr))
+        rates = {"min_lr": c.min_lr * c.lr, "warmup_lr": c.warmup_lr * c.lr}
+        self.schedule = cosine(self.optimizer, self.updates, warmup=c.warmup, cooldown=c.cooldown, **rates)
+
+    def _cut(self) -> None:
+        """Under FSDP network, average and optimizer are in pieces from here on; the network as it came waits on the CPU."""
+        if in_pieces():
+            self.model = self.network = cut_(copy.deepcopy(self.plain), self.layers)
+            if self.ema is not None:
+                cut_(self.ema.module, self.layers)
+                self.ema.foreach = False
+            self._optimize()
+            self.plain.to("cpu")
 
     def begin(self) -> None:
         """Continues from the checkpoint, or makes candidate 0: the linear probe, or the network as it was built."""
@@ -123,6 +139,7 @@ class Loop:
                 save_file(snapshot(self.model), part)
         if self.val is not None:
             self._validate(train_score)
+        self._cut()
 
     def _probe(self) -> float:
         """Sets the head to the linear probe of the untouched network; returns its score on the training side."""
@@ -172,7 +189,7 @@ class Loop:
 
     def finish(self, meta: dict[str, Any]) -> FitResult:
         """Writes the best weights and the record, and removes the checkpoint."""
-        self.model.load_state_dict(self.best)
+        self.plain.load_state_dict(self.best)
         result = self._result(meta)
         if self.accelerator.is_main_process:
             with writing(self.out / BEST) as part:
@@ -188,7 +205,7 @@ class Loop:
         """Gives the model back as it came: device, `requires_grad`, eval mode."""
         self.track.close()
         self.undo()
-        self.network = self.model
+        self.network = self.model = self.plain
         device, flags = self.came_from
         for parameter, flag in zip(self.model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -206,7 +223,7 @@ class Loop:
         """The batches of the updates that are left; this process's share of each."""
         while self.update < self.updates:
             epoch, done = divmod(self.update, self.per_epoch)
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
             whole = order.tensor_split(self.per_epoch)[done:]
             batches = [c[shares(len(c), self.world, pairs=self.mixes)[self.rank]].tolist() for c in whole]
             self.train.set_epoch(epoch)
@@ -214,7 +231,7 @@ class Loop:
 
     def _step(self, batch: dict[str, Tensor]) -> None:
         """One update."""
-        torch.manual_seed(_mix(self.seed, self.update, self.rank, 1))
+        torch.manual_seed(seed_of(self.seed, self.update, self.rank, 1))
         self.update += 1
         self.schedule.step_update(self.update)
         if self.mixes:
@@ -245,7 +262,7 @@ class Loop:
 
     def _mixed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with its images mixed, and the shares of their labels as "target"."""
-        seed = _mix(self.seed, self.update, 0, 2)
+        seed = seed_of(self.seed, self.update, 0, 2)
         alphas = {"mixup": self.config.mixup, "cutmix": self.config.cutmix}
         images, targets = mix_batch(batch["image"], batch["label"], self.task.num_classes, seed=seed, **alphas)
         return {**batch, "image": images, "target": targets}
@@ -273,24 +290,8 @@ class Loop:
         say(f"{where}, inner validation {self.task.metric} {score:.4f}, loss {loss:.4f}{note}")
 
     def _collect(self, side: ImageSet, forward: Callable[[Tensor], Tensor], name: str) -> dict[str, Tensor]:
-        """What `forward` gives for each image of a side, on the CPU, with label and weight; in the fit's precision.
-
-        The processes share the side; every one gets all of it, in the side's order.
-        """
         self.model.eval()
-        parts: dict[str, list[Tensor]] = {name: [], "index": [], "label": [], "weight": []}
-        mine = side
-        if self.world > 1:
-            mine = ImageSet(side.samples[self.rank :: self.world], side.classes, side.preprocess, cache=side.cache)
-        for batch in make_loader(mine, 64):
-            with torch.no_grad(), self.accelerator.autocast():
-                parts[name].append(forward(batch["image"].to(self.device)).float().cpu())
-            parts["index"].append(batch["index"] * self.world + self.rank)
-            parts["label"].append(batch["label"])
-            parts["weight"].append(batch["weight"])
-        whole = {k: gather(torch.cat(v)) for k, v in parts.items()}
-        order = whole.pop("index").argsort()
-        return {k: v[order] for k, v in whole.items()}
+        return collect(side, forward, name, self.accelerator)
 
     def _gather_seen(self) -> None:
         """Brings the training answers since the last validation to the first process."""
@@ -316,15 +317,15 @@ class Loop:
 
     def _save(self) -> None:
         self._gather_seen()
-        if not self.accelerator.is_main_process:
-            return
         tensors = {
-            "model": self.model.state_dict(),
-            "ema": {} if self.ema is None else self.ema.module.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "ema": {} if self.ema is None else whole(self.ema.module.state_dict()),
             "optimizer": optimizer_tensors(self.optimizer),
             "best": self.best,
             "seen": {k: torch.cat(v) for k, v in self.seen.items() if v},
         }
+        if not self.accelerator.is_main_process:
+            return
         scaler = self.accelerator.scaler
         state = {
             "identity": self.identity,
@@ -356,6 +357,7 @@ class Loop:
         self.model.load_state_dict(tensors["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors["ema"])
+        self._cut()
         load_optimizer(self.optimizer, tensors.get("optimizer", {}))
         self.best = tensors.get("best", {})
         kept = "seen" in tensors
@@ -405,11 +407,6 @@ class Loop:
             probe_strength=self.probe_strength,
             meta=meta,
         )
-
-
-def _mix(*parts: int) -> int:
-    """A 63-bit seed from a few numbers, different for different numbers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _with_augment(images: ImageSet, augment: Augment | None, seed: int) -> ImageSet:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mrl.errors import ConfigError
 from mrl.precision import has_bf16
-from mrl.ranks import join_launch
+from mrl.ranks import in_pieces, join_launch
 
 NEVER_DECAYED = ("cls_token", "pos_embed", "reg_token", "dist_token")
 
@@ -186,12 +186,18 @@ def pick_precision(precision: str, device: torch.device, capabilities: Mapping[s
 
 
 def make_accelerator(precision: str, **told: Any) -> Any:
-    """A fresh accelerator: one process may fit several times, in different precisions."""
+    """A fresh accelerator: one process may fit several times, in different precisions.
+
+    Raises:
+        ConfigError: fp16 of a network in pieces: its loss scaling is not shared.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     state = join_launch()
     chosen = pick_precision(precision, state.device)
+    if chosen == "fp16" and in_pieces():
+        raise ConfigError("--precision fp16 and FSDP do not go together; use bf16 or fp32.")
     AcceleratorState._reset_state()
     return Accelerator(
         cpu=state.num_processes > 1 and state.device.type == "cpu",

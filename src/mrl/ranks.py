@@ -14,12 +14,15 @@ from mrl.run import leads, world
 
 WAIT = timedelta(days=30)  # the first process calibrates, measures and reports while the others wait
 _group: list[Any] = []
+_pieces: list[bool] = []
 
 
 def join_launch() -> Any:
     """Joins the processes of this launch, once; returns accelerate's `PartialState`.
 
     GPUs speak by NCCL, processors by gloo.
+
+    That accelerate is set to FSDP is noted for `in_pieces`, and kept from accelerate: the fit cuts its network itself.
 
     Raises:
         ConfigError: a launch of a kind that a fit cannot use.
@@ -32,12 +35,13 @@ def join_launch() -> Any:
 
     if world() == 1:
         return PartialState()
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ConfigError(
-                f"accelerate is set to {name}: a fit keeps its whole network, average and checkpoint on every process and "
-                "cannot be cut into pieces yet; use `torchrun` or `accelerate launch --multi_gpu` (DDP)."
+                f"accelerate is set to {name}: a fit shares its batch (DDP) or its network too (FSDP); use one of these."
             )
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _pieces.append(True)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     if state.num_processes != world():
         raise ConfigError(
@@ -48,6 +52,16 @@ def join_launch() -> Any:
     return state
 
 
+def in_pieces() -> bool:
+    """Whether this launch is set to FSDP: `accelerate launch --use_fsdp`, or ACCELERATE_USE_FSDP=true with `torchrun`.
+
+    Example:
+        >>> in_pieces()
+        False
+    """
+    return bool(_pieces)
+
+
 def leave_launch() -> None:
     """Ends the connections to the other processes; alone it does nothing.
 
@@ -56,6 +70,7 @@ def leave_launch() -> None:
     """
     if world() > 1 and torch.distributed.is_initialized():
         _group.clear()
+        _pieces.clear()
         torch.distributed.destroy_process_group()
 
 

@@ -111,7 +111,9 @@ def tune(
     """
     require_optuna()
     if not grace >= LEAST_GRACE_S:
-        raise ConfigError(f"tune: a grace of {grace} s is too short to tell a slow worker from a dead one; give {LEAST_GRACE_S:.0f} s or more.")
+        raise ConfigError(
+            f"tune: a grace of {grace} s is too short to tell a slow worker from a dead one; give {LEAST_GRACE_S:.0f} s or more."
+        )
     from mrl.tuning.alive import signs_of_life
     from mrl.tuning.images import TrainingSide
     from mrl.tuning.results import tune_document

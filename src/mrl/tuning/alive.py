@@ -145,9 +145,7 @@ class Locks(Beats):
         return self.folder / digest([study.study_name, trial.number, str(trial.datetime_start)])
 
 
-def signs_of_life(
-    storage: str | None, folder: Path, *, beat_s: float | None = None, grace_s: float = GRACE_S
-) -> Beats:
+def signs_of_life(storage: str | None, folder: Path, *, beat_s: float | None = None, grace_s: float = GRACE_S) -> Beats:
     """What workers of a storage give and watch: locks beside a journal file, beats in a database.
 
     Args:
