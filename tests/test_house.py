@@ -12,7 +12,8 @@ SOURCE = ROOT / "src" / "mrl"
 LEVELS = [
     ["errors"],
     ["run"],
-    ["blocks", "checkpoint", "ranks", "ddp", "tracking", "executor"],
+    ["blocks", "ranks", "fsdp", "tracking", "executor"],
+    ["checkpoint", "ddp"],
     ["macs", "timing", "precision"],
     ["models"],
     ["swap", "data", "stats", "scores"],

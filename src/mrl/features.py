@@ -33,6 +33,18 @@ def collect(side: ImageSet, forward: Callable[[Tensor], Tensor], name: str, acce
 
     Returns:
         `name`, "label" and "weight", N rows each.
+
+    Example:
+        >>> import tempfile
+        >>> from accelerate import Accelerator
+        >>> from PIL import Image
+        >>> from mrl.data import Preprocess, Sample
+        >>> path = Path(tempfile.mkdtemp()) / "a.png"
+        >>> Image.new("RGB", (8, 8)).save(path)
+        >>> side = ImageSet([Sample("a.png", path, "crack")], ["crack", "good"], Preprocess((8, 8)))
+        >>> found = collect(side, lambda images: images.mean((2, 3)), "features", Accelerator())
+        >>> found["features"].shape, found["label"], found["weight"]
+        (torch.Size([1, 3]), tensor([0]), tensor([1.]))
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     parts: dict[str, list[Tensor]] = {name: [], "index": [], "label": [], "weight": []}

@@ -62,6 +62,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, with pieces joined on the CPU of every process; all processes call it with the same names.
 
     Example:
+        >>> import torch
         >>> whole({"a": torch.ones(2)})
         {'a': tensor([1., 1.])}
     """
@@ -80,6 +81,7 @@ def piece(value: Tensor, like: Tensor) -> Tensor:
         like: of the same shape, for instance the parameter whose moment `value` is.
 
     Example:
+        >>> import torch
         >>> piece(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
     """
