@@ -100,7 +100,7 @@ def group(
     """One group of networks: (name, form, runtime, precision) each; what cannot run is a row that says why."""
     size = size or plan.size
     images = plan.images(batch, size)
-    rates = {p: gemm_gflops(plan.device, DTYPES[p], plan.side) for p in {row[3] for row in subjects}}
+    rates = {p: gemm_gflops(plan.device, DTYPES[p], plan.side) for p in sorted({row[3] for row in subjects})}
     arms: dict[str, tuple[Call, dict[str, Any]]] = {}
     failed = []
     for name, form, runtime, precision in subjects:

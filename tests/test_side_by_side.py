@@ -22,6 +22,12 @@ from mrl.timing import joules
 QUICK = {"seconds": 0.2}
 
 
+@pytest.fixture
+def warm(monkeypatch):
+    """Memory and cold start without a process for each; they have tests of their own."""
+    monkeypatch.setattr("mrl.side_by_side.cold_start", lambda *_, **__: {"peak_memory_mb": 60.0, "cold_start_s": 0.5})
+
+
 def photos(n=6, size=48):
     return nn.functional.interpolate(torch.randn(n, 3, 6, 6), (size, size), mode="bicubic")
 
@@ -75,7 +81,7 @@ def test_measure__backends_precisions_batches_sizes_and_threads():
     assert table(found).count("\n") == cases
 
 
-def test_measure__what_cannot_be_measured_is_said(tmp_path):
+def test_measure__what_cannot_be_measured_is_said(tmp_path, warm):
     model = timm.create_model("test_vit", img_size=48, num_classes=2).eval()
     path = to_onnx(model, tmp_path / "m.onnx", 48)
     options = {"backends": ["eager", "onnxruntime"], "precisions": ["fp32", "bf16"], "sizes": [48]}
@@ -91,7 +97,7 @@ def test_measure__what_cannot_be_measured_is_said(tmp_path):
     ]
 
 
-def test_measure__a_file_of_another_size_costs_no_other_row(tmp_path):
+def test_measure__a_file_of_another_size_costs_no_other_row(tmp_path, warm):
     model = timm.create_model("test_vit", img_size=48, num_classes=2).eval()
     told = {"preprocess": Preprocess((48, 48)), "classes": ["a", "b"], "images": photos()}
     export_model(model, tmp_path / "proved.onnx", **told)

@@ -91,7 +91,8 @@ class Loop:
         self.updates = planned_updates(config, len(train))
         self._optimize()
         self.mixes = bool(config.mixup or config.cutmix)
-        check_batch(self.arm, len(train) // self.per_epoch, self.world, pairs=self.mixes)
+        judging = None if val is None else len(val)
+        check_batch(self.arm, len(train) // self.per_epoch, self.world, pairs=self.mixes, judging=judging)
         self.network, self.undo = spread(model, self.device, self.arm, hold=config.holds_norms)
         self.plain = model
         self.every = math.ceil(self.updates / max(1, round(config.validations * config.epochs)))
@@ -114,12 +115,14 @@ class Loop:
     def _cut(self) -> None:
         """Under FSDP network, average and optimizer are in pieces from here on; the network as it came waits on the CPU."""
         if in_pieces():
-            self.model = self.network = cut_(copy.deepcopy(self.plain), self.layers)
+            self.plain.to("cpu")
+            self.model = self.network = cut_(copy.deepcopy(self.plain), self.layers, self.device)
+            self.undo()  # the copy keeps its joined batch norms
+            self.undo = lambda: None
             if self.ema is not None:
-                cut_(self.ema.module, self.layers)
+                cut_(self.ema.module, self.layers, self.device)
                 self.ema.foreach = False
             self._optimize()
-            self.plain.to("cpu")
 
     def begin(self) -> None:
         """Continues from the checkpoint, or makes candidate 0: the linear probe, or the network as it was built."""

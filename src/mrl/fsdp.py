@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from posixpath import commonpath
 
+import torch
 from torch import Tensor, nn
 
 from mrl.run import world
 
 
-def cut_(model: nn.Module, layers: Sequence[Sequence[str]]) -> nn.Module:
+def cut_(model: nn.Module, layers: Sequence[Sequence[str]], device: torch.device) -> nn.Module:
     """Leaves each process its piece of every parameter, in place; what is called comes together block by block.
 
     Alone the model stays as it is. Its forward pass is a collective call from then on: all processes make as many.
 
     Args:
-        model: equal on all processes, on the device of this one.
+        model: equal on all processes.
         layers: parameter names of the embeddings, of each block, and last of the final norm and the head.
+        device: of this process, where its pieces go.
 
     Example:
         >>> net = nn.Linear(1, 1)
-        >>> cut_(net, [["weight"], ["bias"]]) is net
+        >>> cut_(net, [["weight"], ["bias"]], torch.device("cpu")) is net
         True
     """
     if world() == 1:
@@ -29,7 +31,7 @@ def cut_(model: nn.Module, layers: Sequence[Sequence[str]]) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world(),))
     for block in blocks_of(model, layers):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -62,7 +64,6 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, with pieces joined on the CPU of every process; all processes call it with the same names.
 
     Example:
-        >>> import torch
         >>> whole({"a": torch.ones(2)})
         {'a': tensor([1., 1.])}
     """
@@ -81,7 +82,6 @@ def piece(value: Tensor, like: Tensor) -> Tensor:
         like: of the same shape, for instance the parameter whose moment `value` is.
 
     Example:
-        >>> import torch
         >>> piece(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
     """

@@ -9,7 +9,7 @@ from typing import Any
 from mrl import steps
 from mrl.curve import space_named
 from mrl.errors import ConfigError, MrlError
-from mrl.ranks import join_launch, leave_launch, share
+from mrl.ranks import gives_up, join_launch, leave_launch, share
 from mrl.run import leads, world
 from mrl.workspace import Workspace
 
@@ -45,16 +45,23 @@ def run_launched(name: str, function: Callable[..., Any], arguments: Mapping[str
     else:
         try:
             function(**arguments)
-        finally:
-            with contextlib.suppress(RuntimeError):  # the others may be gone
+        except BaseException as error:
+            with gives_up(f"{error}"), contextlib.suppress(RuntimeError):  # the others may be gone, or in an update
                 share(None)
+            raise
+        share(None)
     leave_launch()
 
 
 def assist(out: str) -> None:
     """Takes part in the fits that the first process asks for, until it asks for no more."""
-    while (asked := share()) is not None:
-        run = Workspace(out)
+    asked = share()
+    while asked is not None:
+        run, wrong = Workspace(out), contextlib.nullcontext()
         run.tracker = asked["tracker"]
-        with contextlib.suppress(MrlError):  # the first process meets and tells it too
+        try:
             steps.train_step(space_named(run, asked["fold"]), asked["arm"])
+        except MrlError as error:  # the first process meets and tells it too, or waits for this one for ever
+            wrong = gives_up(f"{error}")
+        with wrong:
+            asked = share()

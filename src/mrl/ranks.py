@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mrl.errors import ConfigError
-from mrl.run import leads, world
+from mrl.run import leads, say, world
 
 WAIT = timedelta(days=30)  # the first process calibrates, measures and reports while the others wait
+GIVE_UP_S = 60.0  # after an error of its own a process waits so long for the others
 _group: list[Any] = []
 _pieces: list[bool] = []
 
@@ -33,15 +37,16 @@ def join_launch() -> Any:
     """
     from accelerate.state import PartialState
 
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if world() == 1:
         return PartialState()
+    if asked:
+        _pieces.append(True)
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ConfigError(
                 f"accelerate is set to {name}: a fit shares its batch (DDP) or its network too (FSDP); use one of these."
             )
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        _pieces.append(True)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     if state.num_processes != world():
         raise ConfigError(
@@ -72,6 +77,35 @@ def leave_launch() -> None:
         _group.clear()
         _pieces.clear()
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def gives_up(why: str, seconds: float = GIVE_UP_S) -> Iterator[None]:
+    """Ends this process the hard way where what is inside takes longer: an error of one process leaves the others waiting.
+
+    `torchrun` and `accelerate launch` end the others when one ends so.
+
+    Args:
+        why: printed then.
+        seconds: that it may take.
+
+    Example:
+        >>> with gives_up("the disk is full"):
+        ...     share(1)
+        1
+    """
+
+    def end() -> None:
+        say(f"{why} The other processes are still waiting; this one ends them.")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def share(value: Any = None) -> Any:
