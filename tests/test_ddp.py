@@ -30,6 +30,8 @@ CASES = {
     "scratch": dataclasses.replace(CONFIG, start="scratch", freeze=0, clip=0.1, ema=0.0),
     "running": dataclasses.replace(CONFIG, batch_norm="train"),
 }
+SAME = ["weighted-test_vit", "mixed-test_vit", "scratch-test_vit", "weighted-test_mrl"]
+FILES = ["best.safetensors", "fit.json", "metrics.jsonl", "start.safetensors"]
 ABSOLUTE = 1e-5  # of a loss
 WEIGHT = 1e-5  # of a weight after 12 updates in float32
 
@@ -41,8 +43,8 @@ test_ddp.worker(*sys.argv[2:])
 """
 
 
-def worker(folder: str, case: str, model: str = "test_vit", kill: str = "0") -> None:
-    """One process of a launch: the fit of a case, on images that are there."""
+def worker(folder: str, cases: str, kill: str = "0") -> None:
+    """One process of a launch: the fits of some cases, one after the other, each in a folder of its own."""
     from mrl import features, fit_loop
     from mrl.errors import MrlError
     from mrl.ranks import leave_launch
@@ -58,31 +60,33 @@ def worker(folder: str, case: str, model: str = "test_vit", kill: str = "0") -> 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         fit_loop.Loop._step = stop
-    step_once = fit_loop.Loop._step
+    features.BATCH = 7  # of 15 validation images the first process has a batch more
+    step_once, here = fit_loop.Loop._step, [Path(folder)]
 
     def keep(self, batch):
         """Notes the share of weights, average and moments that this process has."""
         step_once(self, batch)
         tensors = [p for m in (self.model, self.ema and self.ema.module) if m for p in m.parameters()]
         tensors += [v for s in self.optimizer.state.values() for v in s.values() if v.ndim]
-        here = sum(getattr(t, "to_local", lambda t=t: t)().numel() for t in tensors)
-        Path(folder, f"share-{self.rank}").write_text(str(here / sum(t.numel() for t in tensors)))
+        own = sum(getattr(t, "to_local", lambda t=t: t)().numel() for t in tensors)
+        (here[0] / f"share-{self.rank}").write_text(str(own / sum(t.numel() for t in tensors)))
 
     fit_loop.Loop._step = keep
-    features.BATCH = 7  # of 15 validation images the first process has a batch more
-    sides = [ImageSet(make_samples(Path(folder), n, seed), ("a", "b"), SHAPE) for n, seed in ((26, 1), (15, 2))]
-    try:
-        told = {"features": Path(folder) / "features"}
-        chosen = fit(make_model(model, drop_path_rate=0.0), *sides, CASES[case], Path(folder) / "out", **told)
-        last = dataclasses.replace(chosen, best_update=chosen.updates)
-        refit(make_model(model, drop_path_rate=0.0), sides[0], last, CASES[case], Path(folder) / "last", **told)
-    except MrlError as error:
-        print(error)
+    for name in cases.split(","):
+        (case, model), here[0] = name.split("-"), Path(folder) / name
+        sides = [ImageSet(make_samples(here[0], n, seed), ("a", "b"), SHAPE) for n, seed in ((26, 1), (15, 2))]
+        try:
+            told = {"features": here[0] / "features"}
+            chosen = fit(make_model(model, drop_path_rate=0.0), *sides, CASES[case], here[0] / "out", **told)
+            last = dataclasses.replace(chosen, best_update=chosen.updates)
+            refit(make_model(model, drop_path_rate=0.0), sides[0], last, CASES[case], here[0] / "last", **told)
+        except MrlError as error:
+            print(name, error)
     leave_launch()
 
 
-def launch(folder: Path, case: str, *more: str, n: int = 2, fsdp: bool = False) -> subprocess.CompletedProcess:
-    """The fit in n processes of torchrun (on the CPU), or in one without it; its network in pieces with `fsdp`."""
+def launch(folder: Path, cases: str, kill: int = 0, n: int = 2, fsdp: bool = False) -> subprocess.CompletedProcess:
+    """The fits in n processes of torchrun (on the CPU), or in one without it; their networks in pieces with `fsdp`."""
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     run = [
@@ -97,10 +101,28 @@ def launch(folder: Path, case: str, *more: str, n: int = 2, fsdp: bool = False) 
         "--rdzv-endpoint",
         "127.0.0.1:0",
     ]
-    words = [sys.executable, *(run if n > 1 else []), str(folder / "worker.py"), str(HERE), str(folder), case, *more]
+    words = [
+        sys.executable,
+        *(run if n > 1 else []),
+        str(folder / "worker.py"),
+        str(HERE),
+        str(folder),
+        cases,
+        str(kill),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     env |= {"ACCELERATE_USE_FSDP": "true"} if fsdp else {}
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=env)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=600, env=env)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The fits of one process, each in its folder, and what it said."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = launch(folder, ",".join(SAME), n=1)
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stderr)
+    return folder
 
 
 def same(one: Path, other: Path, absolute: float = ABSOLUTE) -> float:
@@ -133,49 +155,36 @@ def furthest(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "model"),
-    [("weighted", "test_vit"), ("mixed", "test_vit"), ("scratch", "test_vit"), ("weighted", "test_mrl")],
-)
-def test_ddp__two_processes_are_one(tmp_path, case, model):
-    one = launch(tmp_path / "one", case, model, n=1)
-    assert one.returncode == 0, one.stderr
-    names = sorted(p.name for p in (tmp_path / "one/out").iterdir())
-    for fsdp in (False, True)[: 1 if case == "mixed" else 2]:
-        folder = tmp_path / ("pieces" if fsdp else "two")
-        two = launch(folder, case, model, fsdp=fsdp)
-        assert two.returncode == 0, two.stderr
-        print(case, fsdp, same(tmp_path / "one", folder))
-        assert two.stderr.count("inner validation accuracy") == one.stderr.count("inner validation accuracy") > 3
-        assert sorted(p.name for p in (folder / "out").iterdir()) == names
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_ddp__two_processes_are_one(alone, tmp_path, fsdp):
+    """Each process has all of the network, or a piece of about a half; what is learned and written is that of one process."""
+    two = launch(tmp_path, ",".join([*SAME, "running-test_mrl"]), fsdp=fsdp)
+    assert two.returncode == 0, two.stderr
+    for case in SAME:
+        one, folder = alone / case, tmp_path / case
+        print(case, same(one, folder))
+        assert [sorted(p.name for p in (f / "out").iterdir()) for f in (one, folder)] == [FILES, FILES]
         kept = [float((folder / f"share-{rank}").read_text()) for rank in range(2)]
-        assert kept == (pytest.approx([0.5, 0.5], abs=0.05) if fsdp else [1, 1])
+        assert kept == (pytest.approx([0.5, 0.5], abs=0.05) if fsdp else [1, 1]), case
+    said = (alone / "said").read_text()
+    assert two.stderr.count("inner validation accuracy") == said.count("inner validation accuracy") > 3 * len(SAME)
+    refused = "BatchNorm layers take their statistics from each batch, and only GPUs can join those of 2 processes"
+    assert refused in two.stdout
+    assert not (tmp_path / "running-test_mrl/out/fit.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["whole", "pieces"])
-def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_processes(tmp_path, first):
+def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_processes(alone, tmp_path, first):
     """A launch in pieces goes on from the checkpoint of one that was not, and one process from that of pieces."""
-    assert launch(tmp_path / "one", "weighted", n=1).returncode == 0
-    folder = tmp_path / "two"
-    assert launch(folder, "weighted", "test_vit", "7", fsdp=first == "pieces").returncode != 0
-    assert (folder / "out/checkpoint/state.safetensors").is_file()
-    assert not (folder / "out/fit.json").exists()
-    done = launch(folder, "weighted", n=1) if first == "pieces" else launch(folder, "weighted", fsdp=True)
+    case = "weighted-test_vit"
+    assert launch(tmp_path, case, kill=7, fsdp=first == "pieces").returncode != 0
+    assert (tmp_path / case / "out/checkpoint/state.safetensors").is_file()
+    assert not (tmp_path / case / "out/fit.json").exists()
+    done = launch(tmp_path, case, n=1) if first == "pieces" else launch(tmp_path, case, fsdp=True)
     assert done.returncode == 0, done.stderr
     assert "goes on after update" in done.stderr
-    same(tmp_path / "one", folder)
-
-
-@pytest.mark.slow
-def test_ddp__running_batch_norm_on_processors_is_refused(tmp_path):
-    done = launch(tmp_path / "run", "running", "test_mrl")
-    assert done.returncode == 0, done.stderr
-    assert (
-        "BatchNorm layers take their statistics from each batch, and only GPUs can join those of 2 processes"
-        in done.stdout
-    )
-    assert not (tmp_path / "run/out/fit.json").exists()
+    same(alone / case, tmp_path / case)
 
 
 def test_shares__are_the_batch_once_and_keep_partners_together():
