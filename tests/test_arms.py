@@ -169,7 +169,7 @@ def hold_out(rng, n=400, arms=4, wrong=0.15, apart=0.06):
 def test_rule_family__four_null_arms_are_rarely_called_superior():
     """The chance of any false "superior" among 4 arms without a difference, and of any false call at all."""
     rng = np.random.default_rng(0)
-    runs, sets = 4000, {"newcombe": [0, 0], "corrected_t": [0, 0]}
+    runs, sets = 2500, {"newcombe": [0, 0], "corrected_t": [0, 0]}
     for _ in range(runs):
         base, *others = hold_out(rng)
         ats = []
@@ -358,18 +358,17 @@ def test_decision__the_best_of_those_that_go():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["standard", "full"])
-def test_folds__every_arm_in_every_fold(tmp_path, preset):
+def test_folds__every_arm_in_every_fold_and_on_the_frozen_images(tmp_path):
     images = draw(tmp_path / "data", classes=("blank", "dot"), n=22)
     out, names = tmp_path / "run", ["baseline", "mrl", "region4", "scratch"]
     (tmp_path / "arms.yaml").write_text("".join(line + "\n" for line in FOUR.splitlines() if "first" not in line))
-    assert tiny(images, out, tmp_path / "arms.yaml", "--preset", preset) == 0
+    assert tiny(images, out, tmp_path / "arms.yaml", "--preset", "full") == 0
     found = json.loads((out / "comparison.json").read_text())
     assert [one["arm"] for one in found["comparisons"]] == names[1:]
     assert set(found["folds"]["rows"][0]) >= set(names)
     gaps = [row["region4"] - row["baseline"] for row in found["folds"]["rows"]]
     assert found["comparisons"][1]["difference"]["estimate"] == pytest.approx(np.mean(gaps))
-    assert all(("frozen" in one) == (preset == "full") for one in found["comparisons"])
+    assert all("frozen" in one for one in found["comparisons"])
     assert (out / "arms/region4/plan.json").is_file()
     assert json.loads((out / "arms/region4/calibration.json").read_text())["n_calibrations"] > 1
     assert "region4" in (out / "report.html").read_text(encoding="utf-8")
