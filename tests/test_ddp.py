@@ -176,15 +176,18 @@ def test_ddp__two_processes_are_one(alone, tmp_path, fsdp):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["whole", "pieces"])
 def test_ddp__goes_on_after_a_process_was_killed_and_in_another_number_of_processes(alone, tmp_path, first):
-    """A launch in pieces goes on from the checkpoint of one that was not, and one process from that of pieces."""
+    """One process, two and two in pieces go on from the checkpoint of a launch, and one process from that of pieces."""
     case = "weighted-test_vit"
     assert launch(tmp_path, case, kill=7, fsdp=first == "pieces").returncode != 0
     assert (tmp_path / case / "out/checkpoint/state.safetensors").is_file()
     assert not (tmp_path / case / "out/fit.json").exists()
-    done = launch(tmp_path, case, n=1) if first == "pieces" else launch(tmp_path, case, fsdp=True)
-    assert done.returncode == 0, done.stderr
-    assert "goes on after update" in done.stderr
-    same(alone / case, tmp_path / case)
+    endings = {"alone": {"n": 1}} if first == "pieces" else {"alone": {"n": 1}, "two": {}, "pieces": {"fsdp": True}}
+    for name, more in endings.items():
+        shutil.copytree(tmp_path / case, tmp_path / name / case)
+        done = launch(tmp_path / name, case, **more)
+        assert done.returncode == 0, done.stderr
+        assert "goes on after update" in done.stderr
+        same(alone / case, tmp_path / name / case)
 
 
 def test_shares__are_the_batch_once_and_keep_partners_together():

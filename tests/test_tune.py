@@ -29,7 +29,7 @@ from mrl.request import Request
 from mrl.run import write_json
 from mrl.steps import begin, plan_step, swap_step
 from mrl.swap import CalibrateConfig, SwapConfig
-from mrl.tune import _say_result, default_words
+from mrl.tune import _say_result, default_words, tune
 from mrl.tuned import keep_search, tuned_warnings, write_settings
 from mrl.tuning import Goal, Settings, parse_space
 from mrl.tuning.alive import Beats, signs_of_life
@@ -379,6 +379,18 @@ def test_locks__a_stopped_worker_is_not_taken_for_dead_and_a_dead_one_is_at_once
         (held,) = locks.folder.iterdir()
     held.touch()  # a lock that nobody holds
     assert [t.number for t in signs_of_life(None, tmp_path).dead(theirs, theirs.trials)] == [0]
+
+
+@pytest.mark.parametrize("grace", [9.9, float("nan")])
+def test_tune__a_grace_that_tells_nothing_is_refused(tmp_path, grace):
+    with pytest.raises(ConfigError, match="too short to tell a slow worker from a dead one; give 10 s or more"):
+        tune(tmp_path / "run", grace=grace)
+
+
+@pytest.mark.parametrize(("grace", "beat"), [(20.0, 5.0), (120.0, 30.0), (600.0, 30.0)])
+def test_signs_of_life__at_least_four_beats_fit_into_the_grace(tmp_path, grace, beat):
+    alive = signs_of_life("postgresql://host/name", tmp_path, grace_s=grace)
+    assert (alive.beat_s, alive.grace_s) == (beat, grace)
 
 
 def test_beats__a_slow_worker_is_alive_and_a_silent_one_is_not(tmp_path):

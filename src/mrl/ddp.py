@@ -86,8 +86,8 @@ def spread(
 ) -> tuple[nn.Module, Callable[[], None]]:
     """The network whose gradients are those of all processes, and a function that leaves the model as it was.
 
-    Alone that is the model itself, and so it is where `mrl.fsdp` will cut it. On GPUs batch norms that are neither frozen nor held count the images of all processes
-    (SyncBatchNorm) until the function is called.
+    Alone that is the model itself, and so it is where `mrl.fsdp` will cut it. On GPUs batch norms that are neither frozen
+    nor held count the images of all processes (SyncBatchNorm) until the function is called.
 
     Args:
         model: on the device, with what is trained marked; every process begins with the first one's tensors.

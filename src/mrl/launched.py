@@ -43,13 +43,15 @@ def run_launched(name: str, function: Callable[..., Any], arguments: Mapping[str
     if not leads():
         assist(arguments["out"])
     else:
+        wrong = contextlib.nullcontext()
         try:
             function(**arguments)
-        except BaseException as error:
-            with gives_up(f"{error}"), contextlib.suppress(RuntimeError):  # the others may be gone, or in an update
-                share(None)
+        except BaseException as error:  # the others may be in an update, which waits for this one
+            wrong = gives_up(f"{error}")
             raise
-        share(None)
+        finally:
+            with wrong, contextlib.suppress(RuntimeError):  # the others may be gone
+                share(None)
     leave_launch()
 
 
