@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mrl.errors import ConfigError
-from mrl.run import leads, say, world
+from mrl.run import leads, world
 
 WAIT = timedelta(days=30)  # the first process calibrates, measures and reports while the others wait
 GIVE_UP_S = 60.0  # after an error of its own a process waits so long for the others
@@ -96,7 +97,10 @@ def gives_up(why: str, seconds: float = GIVE_UP_S) -> Iterator[None]:
     """
 
     def end() -> None:
-        say(f"{why} The other processes are still waiting; this one ends them.")
+        sys.stderr.write(
+            f"{why} The other processes are still waiting; this one ends them.\n"
+        )  # `say` is the first one's
+        sys.stderr.flush()
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
